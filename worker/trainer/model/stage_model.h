@@ -51,6 +51,7 @@ struct MicrobatchInput {
   at::Tensor target_rows;    // [targets] int64: rows whose next token is supervised; last stage
   at::Tensor target_ids;     // [targets] int64: those next tokens
   double loss_weight = 1.0;  // gradient of the step's loss with respect to one target's -log p: loss_scale / supervised targets of the step
+  bool training = true;      // adapter dropout is active; false in evaluation and verification
 };
 
 // One trainable tensor. `gradient` is fp32 and accumulates until ZeroGradients.
