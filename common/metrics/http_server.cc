@@ -1,0 +1,73 @@
+#include <civetweb.h>
+#include <prometheus/registry.h>
+#include <prometheus/text_serializer.h>
+
+#include <mutex>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "common/metrics/metrics.h"
+
+namespace ppft::metrics {
+
+struct HttpServer::Impl {
+  std::shared_ptr<prometheus::Registry> registry;
+  std::function<std::string()> service_discovery;
+  std::string address;
+  mg_context* context = nullptr;
+};
+
+namespace {
+
+int Respond(mg_connection* connection, absl::string_view type, const std::string& body) {
+  const std::string head = absl::StrCat("HTTP/1.1 200 OK\r\nContent-Type: ", type, "\r\nContent-Length: ", body.size(), "\r\nConnection: close\r\n\r\n");
+  mg_write(connection, head.data(), head.size());
+  mg_write(connection, body.data(), body.size());
+  return 200;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const std::string& listen, std::shared_ptr<prometheus::Registry> registry,
+                                                              std::function<std::string()> service_discovery) {
+  const size_t colon = listen.rfind(':');
+  int port = 0;
+  if (colon == std::string::npos || !absl::SimpleAtoi(listen.substr(colon + 1), &port) || port < 0 || port > 65535) {
+    return absl::InvalidArgumentError(absl::StrCat("metrics address \"", listen, "\" is not HOST:PORT"));
+  }
+  const std::string host = listen.substr(0, colon);
+  static std::once_flag library;
+  std::call_once(library, [] { mg_init_library(0); });
+  auto impl = std::make_unique<Impl>();
+  impl->registry = std::move(registry);
+  impl->service_discovery = std::move(service_discovery);
+  const char* options[] = {"listening_ports", listen.c_str(), "num_threads", "2", nullptr};
+  mg_callbacks callbacks = {};
+  callbacks.log_message = [](const mg_connection*, const char*) { return 1; };  // failures are in the returned Status
+  impl->context = mg_start(&callbacks, nullptr, options);
+  if (impl->context == nullptr) {
+    return absl::AlreadyExistsError(absl::StrCat("cannot listen for metrics on ", listen, ": the port is in use or the address is not of this host; choose another --metrics_listen"));
+  }
+  mg_server_port bound[4] = {};
+  const int count = mg_get_server_ports(impl->context, 4, bound);
+  impl->address = absl::StrCat(host, ":", count > 0 ? bound[0].port : port);
+  mg_set_request_handler(
+      impl->context, "/metrics$",
+      [](mg_connection* connection, void* data) {
+        return Respond(connection, "text/plain; version=0.0.4; charset=utf-8", prometheus::TextSerializer().Serialize(static_cast<Impl*>(data)->registry->Collect()));
+      },
+      impl.get());
+  if (impl->service_discovery) {
+    mg_set_request_handler(
+        impl->context, "/sd$",
+        [](mg_connection* connection, void* data) { return Respond(connection, "application/json", static_cast<Impl*>(data)->service_discovery()); }, impl.get());
+  }
+  return std::unique_ptr<HttpServer>(new HttpServer(std::move(impl)));
+}
+
+HttpServer::HttpServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+HttpServer::~HttpServer() { mg_stop(impl_->context); }
+const std::string& HttpServer::address() const { return impl_->address; }
+
+}  // namespace ppft::metrics
