@@ -1,0 +1,1 @@
+#include "worker/trainer/torch/torch_status.h"
