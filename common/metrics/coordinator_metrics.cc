@@ -58,14 +58,13 @@ struct CoordinatorMetrics::Impl {
   SeriesSet<Counter> rpc_requests{CounterFamily(*registry, "ppft_rpc_requests_total", "RPCs ended, by method and status code"), "method"};
   SeriesSet<Histogram> rpc_duration{HistogramFamily(*registry, "ppft_rpc_duration_seconds", "RPC duration on the server"), "method"};
   Histogram& store_commit = HistogramFamily(*registry, "ppft_store_commit_seconds", "SQLite commit, fsync included").Add({}, RpcBuckets());
-  Histogram& checkpoint_save =
-      HistogramFamily(*registry, "ppft_checkpoint_save_seconds", "From the first rank's file to the commit").Add({}, WaitBuckets());
+  Histogram& checkpoint_save = HistogramFamily(*registry, "ppft_checkpoint_save_seconds", "From the first rank's file to the commit").Add({}, WaitBuckets());
   SeriesSet<Counter> artifact_bytes{CounterFamily(*registry, "ppft_artifact_bytes_total", "File bytes moved by the coordinator"), "direction"};
   Counter& stale_epoch = CounterFamily(*registry, "ppft_stale_epoch_rejected_total", "Messages of a given-up attempt that were refused").Add({});
 
   std::mutex mutex;
-  std::map<std::string, std::string> state_of;       // job -> state word; guarded by mutex
-  std::map<std::string, absl::Time> checkpoint_of;   // job -> commit time; guarded by mutex
+  std::map<std::string, std::string> state_of;      // job -> state word; guarded by mutex
+  std::map<std::string, absl::Time> checkpoint_of;  // job -> commit time; guarded by mutex
 };
 
 CoordinatorMetrics::CoordinatorMetrics(const std::string& version) : impl_(std::make_unique<Impl>()) {

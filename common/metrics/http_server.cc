@@ -47,7 +47,8 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const std::string&
   callbacks.log_message = [](const mg_connection*, const char*) { return 1; };  // failures are in the returned Status
   impl->context = mg_start(&callbacks, nullptr, options);
   if (impl->context == nullptr) {
-    return absl::AlreadyExistsError(absl::StrCat("cannot listen for metrics on ", listen, ": the port is in use or the address is not of this host; choose another --metrics_listen"));
+    return absl::AlreadyExistsError(
+        absl::StrCat("cannot listen for metrics on ", listen, ": the port is in use or the address is not of this host; choose another --metrics_listen"));
   }
   mg_server_port bound[4] = {};
   const int count = mg_get_server_ports(impl->context, 4, bound);
@@ -55,13 +56,15 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const std::string&
   mg_set_request_handler(
       impl->context, "/metrics$",
       [](mg_connection* connection, void* data) {
-        return Respond(connection, "text/plain; version=0.0.4; charset=utf-8", prometheus::TextSerializer().Serialize(static_cast<Impl*>(data)->registry->Collect()));
+        return Respond(connection, "text/plain; version=0.0.4; charset=utf-8",
+                       prometheus::TextSerializer().Serialize(static_cast<Impl*>(data)->registry->Collect()));
       },
       impl.get());
   if (impl->service_discovery) {
     mg_set_request_handler(
         impl->context, "/sd$",
-        [](mg_connection* connection, void* data) { return Respond(connection, "application/json", static_cast<Impl*>(data)->service_discovery()); }, impl.get());
+        [](mg_connection* connection, void* data) { return Respond(connection, "application/json", static_cast<Impl*>(data)->service_discovery()); },
+        impl.get());
   }
   return std::unique_ptr<HttpServer>(new HttpServer(std::move(impl)));
 }

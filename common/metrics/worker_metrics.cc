@@ -43,7 +43,9 @@ void WorkerMetrics::FollowStageTransport(const std::string& job, const std::stri
 void WorkerMetrics::SetStageMemory(const std::string& job, const std::string& stage, const std::string& memory_class, double bytes) {
   impl_->memory.At({{"job", job}, {"stage", stage}, {"class", memory_class}}).Set(bytes);
 }
-void WorkerMetrics::SetBubbleRatio(const std::string& job, const std::string& stage, double ratio) { impl_->bubble.At({{"job", job}, {"stage", stage}}).Set(ratio); }
+void WorkerMetrics::SetBubbleRatio(const std::string& job, const std::string& stage, double ratio) {
+  impl_->bubble.At({{"job", job}, {"stage", stage}}).Set(ratio);
+}
 void WorkerMetrics::BeginAttempt(const std::string& job, const std::string& stage) { impl_->totals.Reset({{"job", job}, {"stage", stage}}); }
 void WorkerMetrics::DropJob(const std::string& job) {
   impl_->busy.Drop(job);

@@ -1,0 +1,101 @@
+#include "worker/agent/devices.h"
+
+#include <arpa/inet.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <sched.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <memory>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
+#include "common/base/files.h"
+#include "common/base/status.h"
+
+namespace ppft::agent {
+namespace {
+
+// /proc/cpuinfo: "model name	: AMD EPYC".
+std::string CpuName() {
+  const absl::StatusOr<std::string> text = ReadFile("/proc/cpuinfo");
+  if (!text.ok()) return "cpu";
+  for (absl::string_view line : absl::StrSplit(*text, '\n')) {
+    if (absl::StartsWith(line, "model name")) return std::string(absl::StripAsciiWhitespace(line.substr(line.find(':') + 1)));
+  }
+  return "cpu";
+}
+
+int UsableCores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return std::max(1, static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN)));
+  return std::max(1, CPU_COUNT(&set));
+}
+
+// The smaller of the host's memory and the control group's limit.
+int64_t UsableMemoryBytes() {
+  int64_t bytes = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
+  int64_t limit = 0;
+  const absl::StatusOr<std::string> text = ReadFile("/sys/fs/cgroup/memory.max");
+  if (text.ok() && absl::SimpleAtoi(absl::StripAsciiWhitespace(*text), &limit)) bytes = std::min(bytes, limit);
+  return bytes;
+}
+
+}  // namespace
+
+absl::StatusOr<std::vector<v1::Device>> OfferDevices(const std::string& flag, int threads_per_slot) {
+  const std::vector<std::string> parts = absl::StrSplit(flag, absl::MaxSplits(':', 1));
+  int slots = 0;
+  if (parts.size() == 2 && parts[0] == "cuda") {
+    return absl::InvalidArgumentError(absl::StrCat("--devices ", flag, ": cuda devices are not supported yet; offer CPU slots, e.g. --devices cpu:2"));
+  }
+  if (parts.size() != 2 || parts[0] != "cpu" || !absl::SimpleAtoi(parts[1], &slots) || slots < 1 || slots > 256) {
+    return absl::InvalidArgumentError(absl::StrCat("--devices \"", flag, "\" must be cpu:N with N from 1 to 256, e.g. cpu:2"));
+  }
+  if (threads_per_slot < 0 || threads_per_slot > 1024) {
+    return absl::InvalidArgumentError(absl::StrCat("--threads_per_slot (", threads_per_slot, ") must be from 0 (cores / slots) to 1024"));
+  }
+  std::vector<v1::Device> devices;
+  for (int slot = 0; slot < slots; ++slot) {
+    v1::Device& device = devices.emplace_back();
+    device.set_id(absl::StrCat("cpu:", slot));
+    device.set_kind("cpu");
+    device.set_name(CpuName());
+    device.set_memory_bytes(UsableMemoryBytes() / slots);
+    device.set_threads(threads_per_slot > 0 ? threads_per_slot : std::max(1, UsableCores() / slots));
+  }
+  return devices;
+}
+
+absl::StatusOr<std::string> RouteAddress(const std::string& coordinator) {
+  const size_t colon = coordinator.rfind(':');
+  if (colon == std::string::npos) return absl::InvalidArgumentError(absl::StrCat("--coordinator \"", coordinator, "\" is not HOST:PORT"));
+  std::string host = coordinator.substr(0, colon);
+  if (host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+  addrinfo hints = {};
+  hints.ai_socktype = SOCK_DGRAM;
+  addrinfo* found = nullptr;
+  const int error = getaddrinfo(host.c_str(), coordinator.substr(colon + 1).c_str(), &hints, &found);
+  if (error != 0) return absl::UnavailableError(absl::StrCat("--coordinator ", coordinator, ": ", gai_strerror(error)));
+  const std::unique_ptr<addrinfo, void (*)(addrinfo*)> holder(found, freeaddrinfo);
+  // A connected datagram socket sends nothing; the kernel only chooses the route.
+  Fd fd(socket(found->ai_family, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+  if (!fd || connect(fd.get(), found->ai_addr, found->ai_addrlen) != 0) return ErrnoStatus(errno, absl::StrCat("no route to ", coordinator));
+  sockaddr_storage local = {};
+  socklen_t size = sizeof(local);
+  char text[NI_MAXHOST];
+  if (getsockname(fd.get(), reinterpret_cast<sockaddr*>(&local), &size) != 0) return ErrnoStatus(errno, "getsockname");
+  if (getnameinfo(reinterpret_cast<sockaddr*>(&local), size, text, sizeof(text), nullptr, 0, NI_NUMERICHOST) != 0) {
+    return absl::InternalError(absl::StrCat("no numeric address for the route to ", coordinator));
+  }
+  return std::string(text);
+}
+
+}  // namespace ppft::agent

@@ -1,0 +1,168 @@
+#include "worker/agent/link.h"
+
+#include <algorithm>
+#include <chrono>
+#include <random>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/base/logging.h"
+
+namespace ppft::agent {
+namespace {
+
+constexpr size_t kReportsPerBatch = 256;
+constexpr std::chrono::milliseconds kFirstPause(100);
+constexpr std::chrono::milliseconds kLongestPause(2000);
+
+absl::Duration ToDuration(const google::protobuf::Duration& duration, absl::Duration fallback) {
+  const absl::Duration value = absl::Seconds(duration.seconds()) + absl::Nanoseconds(duration.nanos());
+  return value > absl::ZeroDuration() ? value : fallback;
+}
+
+}  // namespace
+
+Link::Link(std::shared_ptr<grpc::Channel> channel, std::string coordinator, ReportQueue* reports, LinkCallbacks callbacks)
+    : channel_(std::move(channel)),
+      coordinator_(std::move(coordinator)),
+      stub_(v1::WorkerService::NewStub(channel_)),
+      reports_(reports),
+      callbacks_(std::move(callbacks)) {}
+
+void Link::Start() {
+  thread_ = std::thread([this] { Run(); });
+}
+
+Link::~Link() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+    if (context_ != nullptr) context_->TryCancel();
+    changed_.notify_all();
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+void Link::Wake(bool heartbeat) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  heartbeat_due_ = heartbeat_due_ || heartbeat;
+  reports_due_ = true;
+  changed_.notify_all();
+}
+
+void Link::Flush(absl::Duration timeout) {
+  const auto end = std::chrono::steady_clock::now() + absl::ToChronoMilliseconds(timeout);
+  while (!reports_->empty() && std::chrono::steady_clock::now() < end) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+}
+
+void Link::Run() {
+  std::minstd_rand random(std::random_device{}());
+  std::chrono::milliseconds pause = kFirstPause;
+  std::string told;
+  while (true) {
+    const auto began = std::chrono::steady_clock::now();
+    const absl::Status status = Serve();
+    callbacks_.on_connected(false);
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (stopping_) return;
+    if (std::chrono::steady_clock::now() - began > std::chrono::seconds(5)) pause = kFirstPause;
+    // Once per cause: the coordinator may be away for hours.
+    if (told != status.message()) LogWarning("no link to the coordinator at ", coordinator_, ": ", status.message(), "; trying again, trainers go on");
+    told = std::string(status.message());
+    const auto jitter = std::chrono::milliseconds(random() % (pause.count() / 2 + 1));
+    if (changed_.wait_for(lock, pause / 2 + jitter, [this] { return stopping_; })) return;
+    pause = std::min(pause * 2, kLongestPause);
+  }
+}
+
+absl::Status Link::Serve() {
+  grpc::ClientContext context;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stopping_) return absl::CancelledError("stopping");
+    context_ = &context;
+    stream_broken_ = false;
+  }
+  std::unique_ptr<Stream> stream = stub_->Connect(&context);
+  v1::WorkerMessage hello;
+  *hello.mutable_hello() = callbacks_.hello();
+  std::thread writer;
+  if (stream->Write(hello)) {
+    v1::CoordinatorMessage message;
+    while (stream->Read(&message)) {
+      switch (message.message_case()) {
+        case v1::CoordinatorMessage::kWelcome: {
+          if (writer.joinable()) break;
+          LogInfo("linked to the coordinator at ", coordinator_);
+          callbacks_.on_connected(true);
+          reports_->Acknowledge(message.welcome().acked_seq());
+          const int64_t acked = message.welcome().acked_seq();
+          const absl::Duration interval = ToDuration(message.welcome().heartbeat_interval(), absl::Seconds(2));
+          writer = std::thread([this, raw = stream.get(), acked, interval] { Write(raw, acked, interval); });
+          break;
+        }
+        case v1::CoordinatorMessage::kDirective:
+          callbacks_.on_directive(message.directive());
+          applied_revision_ = message.directive().revision();
+          Wake(true);
+          break;
+        case v1::CoordinatorMessage::kAck:
+          reports_->Acknowledge(message.ack().seq());
+          break;
+        case v1::CoordinatorMessage::MESSAGE_NOT_SET:
+          break;
+      }
+    }
+  }
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stream_broken_ = true;
+    context_ = nullptr;
+    changed_.notify_all();
+  }
+  context.TryCancel();  // ends a write that is under way
+  if (writer.joinable()) writer.join();
+  const grpc::Status status = stream->Finish();
+  if (status.ok()) return absl::UnavailableError("the coordinator closed the stream");
+  return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
+}
+
+void Link::Write(Stream* stream, int64_t acked, absl::Duration interval) {
+  int64_t sent = acked;
+  auto next_heartbeat = std::chrono::steady_clock::now();
+  while (true) {
+    bool heartbeat;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait_until(lock, next_heartbeat, [this] { return stopping_ || stream_broken_ || heartbeat_due_ || reports_due_; });
+      if (stopping_ || stream_broken_) return;
+      heartbeat = std::exchange(heartbeat_due_, false) || std::chrono::steady_clock::now() >= next_heartbeat;
+      reports_due_ = false;
+    }
+    // Reports first: a heartbeat that says "ended" must not overtake the report of how.
+    while (true) {
+      const std::vector<v1::RankReport> batch = reports_->After(sent, kReportsPerBatch);
+      if (batch.empty()) break;
+      for (const v1::RankReport& report : batch) {
+        v1::WorkerMessage message;
+        *message.mutable_report() = report;
+        if (!stream->Write(message)) return;
+        sent = report.seq();
+      }
+    }
+    if (heartbeat) {
+      if (!WriteHeartbeat(stream)) return;
+      next_heartbeat = std::chrono::steady_clock::now() + absl::ToChronoMilliseconds(interval);
+    }
+  }
+}
+
+bool Link::WriteHeartbeat(Stream* stream) {
+  v1::WorkerMessage message;
+  v1::Heartbeat* heartbeat = message.mutable_heartbeat();
+  for (const v1::RankKey& key : callbacks_.running()) *heartbeat->add_running() = key;
+  heartbeat->set_applied_revision(applied_revision_);
+  return stream->Write(message);
+}
+
+}  // namespace ppft::agent

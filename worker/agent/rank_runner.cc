@@ -1,0 +1,317 @@
+#include "worker/agent/rank_runner.h"
+
+#include <signal.h>
+
+#include <cerrno>
+#include <chrono>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/base/files.h"
+#include "common/base/logging.h"
+#include "common/base/status.h"
+#include "worker/trainer/beat.h"
+
+namespace ppft::agent {
+namespace {
+
+constexpr std::chrono::seconds kTermGrace(5);
+constexpr std::chrono::milliseconds kProgressPoll(500);
+
+std::string DirectoryOf(const RankEnvironment& environment, const v1::RankKey& key) {
+  return JoinPath(environment.work_directory, absl::StrCat("ranks/", key.job_id(), "-", key.epoch(), "-", key.rank()));
+}
+
+std::string Label(const v1::RankKey& key) { return absl::StrCat(key.job_id(), " epoch ", key.epoch(), " rank ", key.rank()); }
+
+absl::Duration StallTimeout(const v1::JobSpec& spec) {
+  const auto& limit = spec.limits().stall_timeout();
+  const absl::Duration timeout = absl::Seconds(limit.seconds()) + absl::Nanoseconds(limit.nanos());
+  return timeout > absl::ZeroDuration() ? timeout : absl::Seconds(300);
+}
+
+}  // namespace
+
+RankRunner::RankRunner(const RankEnvironment& environment, v1::RankDirective directive)
+    : environment_(environment), directive_(std::move(directive)), directory_(DirectoryOf(environment, directive_.rank())) {
+  Update(directive_);
+  run_thread_ = std::thread([this] { Run(); });
+}
+
+RankRunner::~RankRunner() {
+  Stop();
+  run_thread_.join();
+  if (watch_thread_.joinable()) watch_thread_.join();
+  const absl::Status removed = RemoveAll(directory_);
+  if (!removed.ok()) LogWarning(Label(key()), ": ", removed.message());  // the next agent cleans up
+}
+
+void RankRunner::Update(const v1::RankDirective& directive) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (directive.peers().empty() || !peers_.endpoints().empty()) return;
+  *peers_.mutable_endpoints() = directive.peers();
+  SendPeersIfKnown();
+}
+
+void RankRunner::Stop() {
+  if (stopping_.exchange(true)) return;
+  process_.Kill(SIGTERM);
+  std::lock_guard<std::mutex> lock(mutex_);
+  queue_.clear();
+  changed_.notify_all();
+  if (!watch_thread_.joinable()) {
+    watch_thread_ = std::thread([this] {
+      std::unique_lock<std::mutex> wait(mutex_);
+      if (!changed_.wait_for(wait, kTermGrace, [this] { return reads_done_; })) process_.Kill(SIGKILL);
+    });
+  }
+}
+
+void RankRunner::Run() {
+  std::thread forward([this] { Forward(); });
+  v1::Start start;
+  absl::Status status = Prepare(&start);
+  if (status.ok() && !stopping_) status = process_.Start(Command());
+  if (status.ok() && !stopping_) {
+    environment_.metrics->BeginAttempt(key().job_id(), absl::StrCat(start.plan().ranks(key().rank()).pipeline_rank()));
+    v1::AgentMessage message;
+    *message.mutable_start() = std::move(start);
+    status = process_.Send(message);
+  }
+  if (status.ok() && !stopping_) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      started_ = true;
+      SendPeersIfKnown();
+    }
+    std::thread progress([this] { WatchProgress(); });
+    ReadReports();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      started_ = false;
+      changed_.notify_all();
+    }
+    progress.join();
+  }
+  if (!status.ok() && !stopping_) {
+    const bool disk = absl::IsResourceExhausted(status);
+    Enqueue(FailureReport(disk ? "DISK_FULL" : "COMM_ERROR", disk ? "OPERATOR" : "INFRASTRUCTURE", std::string(status.message()),
+                          disk ? "free space under the worker's --work_dir" : "see the worker's log"));
+    process_.Kill(SIGKILL);
+  }
+  if (process_.alive()) {
+    if (stopping_) process_.Kill(SIGTERM);
+    v1::TrainerReport report;
+    *report.mutable_exited() = process_.Wait();
+    if (!stopping_) {
+      const v1::Exited& exited = report.exited();
+      LogInfo(Label(key()), ": trainer ended, ", exited.signal() != 0 ? absl::StrCat("signal ", exited.signal()) : absl::StrCat("status ", exited.status()));
+      Enqueue(std::move(report));
+    }
+  }
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    reads_done_ = true;
+    changed_.notify_all();
+  }
+  forward.join();
+  reported_ = !stopping_;
+  running_ = false;
+  environment_.on_end();
+}
+
+absl::Status RankRunner::FetchOne(const v1::FileRef& file, v1::LocalFile* out) {
+  PPFT_ASSIGN_OR_RETURN(*out->mutable_path(), environment_.cache->Fetch(file, JoinPath(directory_, "inputs"), [this] { return !stopping_; }));
+  *out->mutable_content() = file;
+  return absl::OkStatus();
+}
+
+absl::Status RankRunner::FetchAll(const v1::CheckpointManifest& manifest, google::protobuf::RepeatedPtrField<v1::LocalFile>* out) {
+  for (const v1::FileRef& file : manifest.files()) PPFT_RETURN_IF_ERROR(FetchOne(file, out->Add()));
+  return absl::OkStatus();
+}
+
+absl::Status RankRunner::Prepare(v1::Start* start) {
+  PPFT_RETURN_IF_ERROR(RemoveAll(directory_));
+  PPFT_RETURN_IF_ERROR(MakeDirs(JoinPath(directory_, "inputs")));
+  PPFT_RETURN_IF_ERROR(MakeDirs(JoinPath(directory_, "output")));
+  start->set_job_id(key().job_id());
+  start->set_epoch(key().epoch());
+  start->set_rank(key().rank());
+  *start->mutable_spec() = directive_.spec();
+  *start->mutable_plan() = directive_.plan();
+  if (key().rank() < 0 || key().rank() >= start->plan().ranks_size()) {
+    return absl::InternalError(absl::StrCat("the plan has ", start->plan().ranks_size(), " ranks and this is rank ", key().rank()));
+  }
+  start->set_model_config(directive_.model_config());
+  for (const v1::TensorRef& tensor : directive_.tensors()) {
+    v1::LocalTensor* local = start->add_tensors();
+    v1::LocalFile file;
+    PPFT_RETURN_IF_ERROR(FetchOne(tensor.content(), &file));
+    *local->mutable_tensor() = tensor;
+    local->set_path(file.path());
+  }
+  PPFT_RETURN_IF_ERROR(FetchOne(directive_.train_tokens(), start->mutable_train_tokens()));
+  if (directive_.has_eval_tokens()) PPFT_RETURN_IF_ERROR(FetchOne(directive_.eval_tokens(), start->mutable_eval_tokens()));
+  for (const v1::FileRef& file : directive_.init_adapter()) PPFT_RETURN_IF_ERROR(FetchOne(file, start->add_init_adapter()));
+  if (directive_.has_resume()) {
+    *start->mutable_resume() = directive_.resume();
+    PPFT_RETURN_IF_ERROR(FetchAll(directive_.resume(), start->mutable_resume_files()));
+  }
+  if (directive_.has_best()) {
+    *start->mutable_best() = directive_.best();
+    PPFT_RETURN_IF_ERROR(FetchAll(directive_.best(), start->mutable_best_files()));
+  }
+  start->set_directory(JoinPath(directory_, "output"));
+  start->set_listen_address(environment_.address);
+  start->set_beat_path(JoinPath(directory_, "beat"));
+  start->set_merge_dtype(directive_.merge_dtype());
+  return WriteFileAtomic(start->beat_path(), std::string(trainer::kBeatBytes, '\0'));
+}
+
+TrainerCommand RankRunner::Command() const {
+  TrainerCommand command;
+  command.binary = environment_.trainer_binary;
+  command.directory = directory_;
+  const int threads = std::max(1, directive_.plan().threads_per_rank());
+  // MKL_CBWR: one code path whatever the alignment, so that a resumed run gives the same bits.
+  const char* cbwr = __builtin_cpu_supports("avx2") ? "MKL_CBWR=AVX2,STRICT" : "MKL_CBWR=COMPATIBLE";
+  command.environment = {cbwr, absl::StrCat("OMP_NUM_THREADS=", threads), absl::StrCat("MKL_NUM_THREADS=", threads), "MKL_DYNAMIC=FALSE"};
+  return command;
+}
+
+void RankRunner::SendPeersIfKnown() {
+  if (!started_ || peers_sent_ || peers_.endpoints().empty()) return;
+  v1::AgentMessage message;
+  *message.mutable_peers() = peers_;
+  peers_sent_ = true;
+  const absl::Status sent = process_.Send(message);
+  if (!sent.ok()) LogWarning(Label(key()), ": ", sent.message());  // the trainer is gone: its exit is reported by Run
+}
+
+void RankRunner::ReadReports() {
+  while (true) {
+    absl::StatusOr<v1::TrainerReport> report = process_.Receive();
+    if (!report.ok()) {
+      if (!absl::IsOutOfRange(report.status()) && !stopping_) {
+        LogWarning(Label(key()), ": ", report.status().message());
+        process_.Kill(SIGKILL);
+      }
+      return;
+    }
+    if (report->has_stats()) {
+      RecordStats(report->stats());
+    } else {
+      Enqueue(*std::move(report));
+    }
+  }
+}
+
+void RankRunner::Enqueue(v1::TrainerReport report) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (stopping_) return;
+  queue_.push_back(std::move(report));
+  changed_.notify_all();
+}
+
+void RankRunner::Forward() {
+  while (true) {
+    v1::TrainerReport report;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return stopping_ || reads_done_ || !queue_.empty(); });
+      if (stopping_ || queue_.empty()) return;
+      report = std::move(queue_.front());
+      queue_.pop_front();
+    }
+    const absl::Status status = UploadFiles(&report);
+    if (absl::IsFailedPrecondition(status) || stopping_) continue;  // given up: the directive will say so
+    if (!status.ok()) {
+      report = FailureReport(absl::IsResourceExhausted(status) ? "DISK_FULL" : "COMM_ERROR", absl::IsResourceExhausted(status) ? "OPERATOR" : "INFRASTRUCTURE",
+                             absl::StrCat("upload failed: ", status.message()), "see the coordinator's log");
+      process_.Kill(SIGKILL);
+    }
+    environment_.reports->Push(key(), std::move(report));
+  }
+}
+
+absl::Status RankRunner::UploadFiles(v1::TrainerReport* report) {
+  std::vector<v1::LocalFile*> files;
+  if (report->has_checkpoint()) {
+    for (v1::LocalFile& file : *report->mutable_checkpoint()->mutable_files()) files.push_back(&file);
+  } else if (report->has_exported()) {
+    for (v1::LocalFile& file : *report->mutable_exported()->mutable_adapter_files()) files.push_back(&file);
+    for (v1::LocalFile& file : *report->mutable_exported()->mutable_merged_files()) files.push_back(&file);
+  }
+  for (v1::LocalFile* file : files) {
+    std::chrono::milliseconds pause(100);
+    absl::Status status;
+    while (!stopping_) {
+      status = environment_.upload(key(), *file);
+      if (status.ok() || !(absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) || absl::IsAborted(status) || absl::IsResourceExhausted(status)))
+        break;
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait_for(lock, pause, [this] { return stopping_.load(); });
+      pause = std::min(pause * 2, std::chrono::milliseconds(2000));
+    }
+    PPFT_RETURN_IF_ERROR(status);
+    const absl::Status removed = RemoveAll(file->path());
+    if (!removed.ok()) LogWarning(Label(key()), ": ", removed.message());  // goes with the rank's folder
+    file->clear_path();
+  }
+  return absl::OkStatus();
+}
+
+void RankRunner::WatchProgress() {
+  const std::unique_ptr<trainer::Beat, void (*)(trainer::Beat*)> beat(trainer::MapBeat(JoinPath(directory_, "beat")), trainer::UnmapBeat);
+  if (beat == nullptr) {
+    LogWarning(Label(key()), ": ", ErrnoStatus(errno, "beat page").message(), "; a hang of this trainer will not be seen");
+    return;
+  }
+  const absl::Duration timeout = StallTimeout(directive_.spec());
+  uint64_t last_count = 0;
+  auto changed_at = std::chrono::steady_clock::now();
+  while (true) {
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      if (changed_.wait_for(lock, kProgressPoll, [this] { return !started_ || stopping_; })) return;
+    }
+    const auto now = std::chrono::steady_clock::now();
+    const uint64_t count = beat->counter.load(std::memory_order_acquire);
+    const auto section = static_cast<trainer::Section>(beat->section.load(std::memory_order_relaxed));
+    // Peers that are still fetching their files are nobody's fault: the coordinator watches the start as a whole.
+    if (count != last_count || section == trainer::Section::kConnecting) changed_at = now;
+    last_count = count;
+    // A rank that waits for another has its own deadline; the agent steps in only if that fails too.
+    const absl::Duration budget = trainer::WaitsForPeer(section) ? 2 * timeout : timeout;
+    if (absl::FromChrono(now - changed_at) < budget) continue;
+    Enqueue(FailureReport(
+        "STAGE_HUNG", "INFRASTRUCTURE",
+        absl::StrCat("no progress for ", absl::FormatDuration(budget), " in section \"", trainer::SectionName(section), "\", step ", beat->step.load()),
+        "the job starts again from its newest checkpoint; raise limits.stall_timeout if its steps are that slow"));
+    process_.Kill(SIGKILL);
+    return;
+  }
+}
+
+void RankRunner::RecordStats(const v1::StageStats& stats) {
+  const std::string stage = absl::StrCat(stats.pipeline_rank());
+  for (const auto& [kind, seconds] : stats.busy_seconds()) environment_.metrics->FollowStageBusy(key().job_id(), stage, kind, seconds);
+  environment_.metrics->FollowStageTransport(key().job_id(), stage, "sent", static_cast<double>(stats.sent_bytes()));
+  environment_.metrics->FollowStageTransport(key().job_id(), stage, "received", static_cast<double>(stats.received_bytes()));
+  environment_.metrics->SetStageMemory(key().job_id(), stage, "resident_peak", static_cast<double>(stats.memory_bytes()));
+  environment_.metrics->SetBubbleRatio(key().job_id(), stage, stats.bubble_ratio());
+}
+
+v1::TrainerReport RankRunner::FailureReport(const std::string& code, const std::string& owner, const std::string& message, const std::string& remedy) const {
+  v1::TrainerReport report;
+  v1::Failure* failure = report.mutable_failure();
+  failure->mutable_reason()->set_code(code);
+  failure->mutable_reason()->set_owner(owner);
+  failure->mutable_reason()->set_message(absl::StrCat("rank ", key().rank(), " on ", environment_.worker_name, ": ", message));
+  failure->mutable_reason()->set_remedy(remedy);
+  failure->set_peer(-1);
+  return report;
+}
+
+}  // namespace ppft::agent

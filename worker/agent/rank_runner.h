@@ -1,0 +1,90 @@
+// The life of one rank on this host: fetch its files, start its trainer, pass reports on, upload what it writes, watch its progress, end it.
+//
+// Two threads per rank: one fetches, forks, reads reports and reaps; the other forwards reports in order, each after its files are uploaded.
+// Thread: all public methods from any; none blocks except the destructor, which kills the trainer and joins.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "absl/time/time.h"
+#include "common/metrics/metrics.h"
+#include "ppft/v1/worker.pb.h"
+#include "worker/agent/file_cache.h"
+#include "worker/agent/report_queue.h"
+#include "worker/agent/trainer_process.h"
+
+namespace ppft::agent {
+
+// Constant for the agent's life.
+struct RankEnvironment {
+  FileCache* cache;
+  ReportQueue* reports;
+  metrics::WorkerMetrics* metrics;
+  std::string trainer_binary;
+  std::string address;         // where trainers listen for peers
+  std::string work_directory;  // ranks live in work_directory/ranks
+  std::string worker_name;
+  // Uploads a file; UNAVAILABLE may be tried again, FAILED_PRECONDITION means that the attempt was given up.
+  std::function<absl::Status(const v1::RankKey&, const v1::LocalFile&)> upload;
+  std::function<void()> on_end;  // after running() has become false
+};
+
+class RankRunner {
+ public:
+  RankRunner(const RankEnvironment& environment, v1::RankDirective directive);
+  ~RankRunner();
+
+  // The directive again, perhaps with the peers' endpoints now.
+  void Update(const v1::RankDirective& directive);
+  // Ends the trainer without a report: SIGTERM, then SIGKILL after a grace.
+  void Stop();
+  // False once nothing of this rank can act any more: the trainer is reaped and no upload is under way.
+  bool running() const { return running_; }
+  // All reports, the exit's included, are in the queue.
+  bool reported() const { return reported_; }
+  const v1::RankKey& key() const { return directive_.rank(); }
+  const std::string& device() const { return directive_.device(); }
+
+ private:
+  void Run();
+  absl::Status Prepare(v1::Start* start);
+  absl::Status FetchAll(const v1::CheckpointManifest& manifest, google::protobuf::RepeatedPtrField<v1::LocalFile>* out);
+  absl::Status FetchOne(const v1::FileRef& file, v1::LocalFile* out);
+  TrainerCommand Command() const;
+  void SendPeersIfKnown();
+  void ReadReports();
+  void Forward();
+  absl::Status UploadFiles(v1::TrainerReport* report);
+  void WatchProgress();
+  void Enqueue(v1::TrainerReport report);
+  void RecordStats(const v1::StageStats& stats);
+  v1::TrainerReport FailureReport(const std::string& code, const std::string& owner, const std::string& message, const std::string& remedy) const;
+
+  const RankEnvironment& environment_;
+  const v1::RankDirective directive_;  // as first received; peers come by Update
+  const std::string directory_;
+  TrainerProcess process_;
+  std::atomic<bool> stopping_ = false;
+  std::atomic<bool> running_ = true;
+  std::atomic<bool> reported_ = false;
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  v1::Peers peers_;                      // guarded by mutex_
+  bool started_ = false;                 // guarded by mutex_: Start was sent
+  bool peers_sent_ = false;              // guarded by mutex_
+  bool reads_done_ = false;              // guarded by mutex_
+  std::deque<v1::TrainerReport> queue_;  // guarded by mutex_
+
+  std::thread run_thread_;
+  std::thread watch_thread_;
+};
+
+}  // namespace ppft::agent
