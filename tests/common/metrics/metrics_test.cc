@@ -1,0 +1,105 @@
+#include "common/metrics/metrics.h"
+
+#include <arpa/inet.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "common/base/files.h"
+
+namespace ppft::metrics {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+std::string Get(const std::string& address, const std::string& path) {
+  int port = 0;
+  EXPECT_TRUE(absl::SimpleAtoi(address.substr(address.rfind(':') + 1), &port));
+  Fd fd(socket(AF_INET, SOCK_STREAM, 0));
+  sockaddr_in to = {};
+  to.sin_family = AF_INET;
+  to.sin_port = htons(static_cast<uint16_t>(port));
+  to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  EXPECT_EQ(connect(fd.get(), reinterpret_cast<sockaddr*>(&to), sizeof(to)), 0);
+  EXPECT_TRUE(WriteAll(fd.get(), absl::StrCat("GET ", path, " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"), "request").ok());
+  std::string out(1 << 20, '\0');
+  size_t size = 0;
+  ssize_t got;
+  while ((got = read(fd.get(), out.data() + size, out.size() - size)) > 0) size += static_cast<size_t>(got);
+  out.resize(size);
+  return out;
+}
+
+TEST(CoordinatorMetricsTest, SeriesAppearFollowTotalsAndGoWithTheJob) {
+  CoordinatorMetrics metrics("1.2.3");
+  auto server = HttpServer::Start("127.0.0.1:0", metrics.registry(), [] { return std::string("[]"); });
+  ASSERT_TRUE(server.ok()) << server.status();
+  metrics.SetJobState("job-a", "QUEUED");
+  metrics.SetJobState("job-a", "RUNNING");
+  metrics.FollowJobTokens("job-a", 100, 10);
+  metrics.FollowJobTokens("job-a", 60, 6);  // recovered from a checkpoint
+  metrics.FollowJobTokens("job-a", 90, 9);
+  metrics.AddJobRestart("job-a", "WORKER_LOST");
+  metrics.CountRpc("/ppft.v1.JobService/GetJob", "OK", absl::Milliseconds(1));
+  const std::string text = Get((*server)->address(), "/metrics");
+  EXPECT_THAT(text, HasSubstr("ppft_job_state{job=\"job-a\",state=\"QUEUED\"} 0"));
+  EXPECT_THAT(text, HasSubstr("ppft_job_state{job=\"job-a\",state=\"RUNNING\"} 1"));
+  EXPECT_THAT(text, HasSubstr("ppft_job_tokens_total{job=\"job-a\",kind=\"all\"} 130"));
+  EXPECT_THAT(text, HasSubstr("ppft_build_info{component=\"coordinator\",version=\"1.2.3\"} 1"));
+  metrics.DropJob("job-a");
+  EXPECT_THAT(Get((*server)->address(), "/metrics"), Not(HasSubstr("job-a")));
+  EXPECT_THAT(Get((*server)->address(), "/sd"), HasSubstr("[]"));
+}
+
+TEST(CoordinatorMetricsTest, PromtoolFindsNothingWrong) {
+  if (system("command -v promtool > /dev/null") != 0) GTEST_SKIP() << "promtool is not installed (Debian package prometheus)";
+  CoordinatorMetrics coordinator("1");
+  coordinator.SetJobState("j", "RUNNING");
+  coordinator.SetJobStep("j", 1);
+  coordinator.SetJobLoss("j", 1);
+  coordinator.SetJobEvalLoss("j", 1);
+  coordinator.SetJobLearningRate("j", 1);
+  coordinator.SetJobGradNorm("j", 1);
+  coordinator.SetJobLossScale("j", 1);
+  coordinator.SetJobTokensPerSecond("j", 1);
+  coordinator.SetJobEtaSeconds("j", 1);
+  coordinator.SetCheckpointTime("j", absl::Now());
+  coordinator.FollowJobTokens("j", 1, 1);
+  coordinator.FollowJobSkippedSteps("j", 1);
+  coordinator.AddJobRestart("j", "X");
+  coordinator.SetWorkerHeartbeatAge("w", absl::Seconds(1));
+  coordinator.CountRpc("m", "OK", absl::Seconds(1));
+  coordinator.AddArtifactBytes("upload", 1);
+  WorkerMetrics worker("1", "w");
+  worker.FollowStageBusy("j", "0", "forward", 1);
+  worker.FollowStageTransport("j", "0", "sent", 1);
+  worker.SetStageMemory("j", "0", "resident_peak", 1);
+  worker.SetBubbleRatio("j", "0", 0.5);
+  for (const auto& registry : {coordinator.registry(), worker.registry()}) {
+    auto server = HttpServer::Start("127.0.0.1:0", registry);
+    ASSERT_TRUE(server.ok()) << server.status();
+    const std::string answer = Get((*server)->address(), "/metrics");
+    const std::string path = absl::StrCat(::testing::TempDir(), "ppft-metrics-", getpid());
+    ASSERT_TRUE(WriteFileAtomic(path, answer.substr(answer.find("\r\n\r\n") + 4)).ok());
+    EXPECT_EQ(system(absl::StrCat("promtool check metrics < ", path, " 2>&1").c_str()), 0);
+    unlink(path.c_str());
+  }
+}
+
+TEST(HttpServerTest, APortInUseIsASentence) {
+  CoordinatorMetrics metrics("1");
+  auto first = HttpServer::Start("127.0.0.1:0", metrics.registry());
+  ASSERT_TRUE(first.ok());
+  const auto second = HttpServer::Start((*first)->address(), metrics.registry());
+  EXPECT_THAT(std::string(second.status().message()), HasSubstr("--metrics_listen"));
+  EXPECT_FALSE(HttpServer::Start("nonsense", metrics.registry()).ok());
+}
+
+}  // namespace
+}  // namespace ppft::metrics

@@ -1,0 +1,328 @@
+// The agent against a coordinator that runs in this process: real gRPC on loopback, real child processes.
+#include "worker/agent/agent.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <thread>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "common/base/sha256.h"
+
+namespace ppft::agent {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+constexpr absl::Duration kPatience = absl::Seconds(60);
+
+// The newest stream wins; reports are acknowledged only when the test wants it.
+class FakeCoordinator final : public v1::WorkerService::Service {
+ public:
+  using Stream = grpc::ServerReaderWriter<v1::CoordinatorMessage, v1::WorkerMessage>;
+
+  grpc::Status Connect(grpc::ServerContext* context, Stream* stream) override {
+    v1::WorkerMessage message;
+    if (!stream->Read(&message)) return grpc::Status::CANCELLED;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      hellos.push_back(message.hello());
+      current = stream;
+      v1::CoordinatorMessage welcome;
+      welcome.mutable_welcome()->set_acked_seq(acked);
+      welcome.mutable_welcome()->mutable_heartbeat_interval()->set_nanos(100000000);
+      stream->Write(welcome);
+      if (directive.revision() > 0) WriteDirective();
+    }
+    while (stream->Read(&message)) {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (message.has_heartbeat()) running = {message.heartbeat().running().begin(), message.heartbeat().running().end()};
+      if (!message.has_report()) continue;
+      reports.push_back(message.report());
+      if (acknowledge) {
+        acked = message.report().seq();
+        v1::CoordinatorMessage ack;
+        ack.mutable_ack()->set_seq(acked);
+        stream->Write(ack);
+      }
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    if (current == stream) current = nullptr;
+    return grpc::Status::OK;
+  }
+
+  grpc::Status FetchFile(grpc::ServerContext*, const v1::FetchFileRequest* request, grpc::ServerWriter<v1::FileChunk>* writer) override {
+    std::lock_guard<std::mutex> lock(mutex);
+    const auto found = files.find(request->sha256());
+    if (found == files.end()) return grpc::Status(grpc::StatusCode::NOT_FOUND, "no such content");
+    v1::FileChunk chunk;
+    chunk.set_offset(request->offset());
+    chunk.set_data(found->second.substr(static_cast<size_t>(request->offset())));
+    writer->Write(chunk);
+    return grpc::Status::OK;
+  }
+
+  grpc::Status PutFile(grpc::ServerContext*, grpc::ServerReader<v1::PutFileRequest>* reader, v1::PutFileResponse* response) override {
+    v1::PutFileRequest request;
+    std::string content;
+    while (reader->Read(&request)) content += request.data();
+    std::lock_guard<std::mutex> lock(mutex);
+    uploads.push_back(content);
+    reports_before_upload = reports.size();
+    response->set_received_bytes(static_cast<int64_t>(content.size()));
+    return grpc::Status::OK;
+  }
+
+  void Direct(std::vector<v1::RankDirective> ranks) {
+    std::lock_guard<std::mutex> lock(mutex);
+    directive.set_revision(directive.revision() + 1);
+    directive.clear_ranks();
+    for (v1::RankDirective& rank : ranks) *directive.add_ranks() = std::move(rank);
+    if (current != nullptr) WriteDirective();
+  }
+
+  v1::FileRef AddFile(const std::string& name, const std::string& content) {
+    v1::FileRef file;
+    file.set_name(name);
+    file.set_sha256(Sha256Hex(content));
+    file.set_size_bytes(static_cast<int64_t>(content.size()));
+    std::lock_guard<std::mutex> lock(mutex);
+    files[file.sha256()] = content;
+    return file;
+  }
+
+  template <typename Check>
+  bool WaitFor(const Check& check) {
+    const absl::Time end = absl::Now() + kPatience;
+    while (absl::Now() < end) {
+      {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (check()) return true;
+      }
+      absl::SleepFor(absl::Milliseconds(10));
+    }
+    return false;
+  }
+
+  std::vector<std::string> Kinds() {
+    std::vector<std::string> out;
+    for (const v1::RankReport& report : reports) {
+      const auto* field = v1::TrainerReport::descriptor()->FindFieldByNumber(report.report().report_case());
+      out.push_back(field == nullptr ? "none" : field->name());
+    }
+    return out;
+  }
+
+  bool Has(const std::string& kind) {
+    const std::vector<std::string> kinds = Kinds();
+    return std::find(kinds.begin(), kinds.end(), kind) != kinds.end();
+  }
+
+  std::mutex mutex;
+  bool acknowledge = true;
+  int64_t acked = 0;
+  Stream* current = nullptr;
+  v1::Directive directive;
+  std::vector<v1::WorkerHello> hellos;
+  std::vector<v1::RankKey> running;
+  std::vector<v1::RankReport> reports;
+  std::vector<std::string> uploads;
+  size_t reports_before_upload = 0;
+  std::map<std::string, std::string> files;
+
+ private:
+  void WriteDirective() {
+    v1::CoordinatorMessage message;
+    *message.mutable_directive() = directive;
+    current->Write(message);
+  }
+};
+
+class AgentTest : public ::testing::Test {
+ protected:
+  AgentTest() : metrics_("test", "w") {
+    directory_ = std::filesystem::temp_directory_path() / absl::StrCat("ppft-agent-test-", getpid());
+    std::filesystem::remove_all(directory_);
+    Serve(0);
+    AgentOptions options;
+    options.coordinator = absl::StrCat("127.0.0.1:", port_);
+    options.name = "w";
+    options.address = "127.0.0.1";
+    options.work_directory = directory_;
+    options.trainer_binary = PPFT_FAKE_TRAINER;
+    options.devices.resize(1);
+    options.devices[0].set_id("cpu:0");
+    agent_ = std::make_unique<Agent>(options, &metrics_);
+    thread_ = std::thread([this] { status_ = agent_->Run(); });
+  }
+
+  ~AgentTest() override {
+    agent_->Shutdown();
+    thread_.join();
+    server_->Shutdown(std::chrono::system_clock::now());
+    server_.reset();
+    std::filesystem::remove_all(directory_);
+    EXPECT_TRUE(status_.ok()) << status_;
+  }
+
+  void Serve(int port) {
+    grpc::ServerBuilder builder;
+    builder.AddListeningPort(absl::StrCat("127.0.0.1:", port), grpc::InsecureServerCredentials(), &port_);
+    builder.RegisterService(&coordinator_);
+    server_ = builder.BuildAndStart();
+    ASSERT_NE(server_, nullptr);
+  }
+
+  v1::RankDirective Rank(const std::string& behaviour, int64_t epoch = 1) {
+    v1::RankDirective rank;
+    rank.mutable_rank()->set_job_id(absl::StrCat("job-", behaviour));
+    rank.mutable_rank()->set_epoch(epoch);
+    rank.set_device("cpu:0");
+    rank.mutable_spec()->set_name(behaviour);
+    rank.mutable_spec()->mutable_limits()->mutable_stall_timeout()->set_seconds(1);
+    rank.mutable_plan()->add_ranks();
+    *rank.mutable_train_tokens() = coordinator_.AddFile("train.safetensors", "tokens");
+    v1::TensorRef* tensor = rank.add_tensors();
+    tensor->set_name("model.norm.weight");
+    *tensor->mutable_content() = coordinator_.AddFile("model.norm.weight", std::string(100, 'w'));
+    v1::Endpoint* peer = rank.add_peers();
+    peer->set_address("127.0.0.1:1");
+    return rank;
+  }
+
+  // The pid that the fake trainer told as its port; 0 before.
+  pid_t TrainerPid() {
+    for (auto it = coordinator_.reports.rbegin(); it != coordinator_.reports.rend(); ++it) {
+      if (!it->report().has_listening()) continue;
+      const std::string& address = it->report().listening().address();
+      int pid = 0;
+      return absl::SimpleAtoi(address.substr(address.rfind(':') + 1), &pid) ? pid : 0;
+    }
+    return 0;
+  }
+
+  std::string directory_;
+  metrics::WorkerMetrics metrics_;
+  FakeCoordinator coordinator_;
+  int port_ = 0;
+  std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<Agent> agent_;
+  std::thread thread_;
+  absl::Status status_;
+};
+
+TEST_F(AgentTest, ReportsComeInOrderAndACheckpointOnlyAfterItsFile) {
+  coordinator_.Direct({Rank("steps")});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("exited"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  EXPECT_THAT(coordinator_.Kinds(), ElementsAre("listening", "ready", "step", "step", "step", "checkpoint", "finished", "exited"));
+  EXPECT_THAT(coordinator_.uploads, ElementsAre("checkpoint of job-steps"));
+  EXPECT_LE(coordinator_.reports_before_upload, 5u) << "the checkpoint was reported before its file had arrived";
+  EXPECT_EQ(coordinator_.reports[5].report().checkpoint().files(0).path(), "");
+  EXPECT_EQ(coordinator_.reports.back().report().exited().status(), 0);
+  for (size_t i = 0; i < coordinator_.reports.size(); ++i) EXPECT_EQ(coordinator_.reports[i].seq(), static_cast<int64_t>(i + 1));
+}
+
+TEST_F(AgentTest, ARankThatIsNoLongerWantedIsEndedAndNotReported) {
+  coordinator_.Direct({Rank("wait")});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
+  const pid_t pid = TrainerPid();
+  ASSERT_GT(pid, 0);
+  coordinator_.Direct({});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.running.empty(); }));
+  EXPECT_NE(kill(pid, 0), 0) << "the heartbeat says that nothing runs, but the trainer lives";
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  EXPECT_THAT(coordinator_.Kinds(), ElementsAre("listening", "ready"));
+}
+
+TEST_F(AgentTest, TheNextEpochStartsOnTheSameDeviceAfterTheOldOneIsGone) {
+  coordinator_.Direct({Rank("wait", 1)});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
+  const pid_t first = TrainerPid();
+  coordinator_.Direct({Rank("wait", 2)});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.reports.back().rank().epoch() == 2 && coordinator_.reports.back().report().has_ready(); }));
+  EXPECT_NE(kill(first, 0), 0);
+}
+
+TEST_F(AgentTest, AKilledTrainerIsReportedWithItsSignal) {
+  coordinator_.Direct({Rank("wait")});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
+  ASSERT_EQ(kill(TrainerPid(), SIGKILL), 0);
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("exited"); }));
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.running.empty(); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  EXPECT_EQ(coordinator_.reports.back().report().exited().signal(), SIGKILL);
+}
+
+TEST_F(AgentTest, ACrashCarriesTheLastWords) {
+  coordinator_.Direct({Rank("crash")});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("exited"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  EXPECT_EQ(coordinator_.reports.back().report().exited().signal(), SIGABRT);
+  EXPECT_THAT(coordinator_.reports.back().report().exited().detail(), HasSubstr("the last words"));
+}
+
+TEST_F(AgentTest, AHangEndsWithItsSection) {
+  coordinator_.Direct({Rank("hang")});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("exited"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  EXPECT_THAT(coordinator_.Kinds(), ElementsAre("listening", "ready", "failure", "exited"));
+  const v1::Reason& reason = coordinator_.reports[2].report().failure().reason();
+  EXPECT_EQ(reason.code(), "STAGE_HUNG");
+  EXPECT_THAT(reason.message(), HasSubstr("\"forward\", step 7"));
+}
+
+TEST_F(AgentTest, WhileTheCoordinatorIsAwayTheTrainerLivesAndReportsAreKept) {
+  {
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    coordinator_.acknowledge = false;
+  }
+  coordinator_.Direct({Rank("wait")});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
+  const pid_t pid = TrainerPid();
+  const int port = port_;
+  server_->Shutdown(std::chrono::system_clock::now());
+  server_.reset();
+  {
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    coordinator_.reports.clear();
+    coordinator_.acknowledge = true;
+  }
+  Serve(port);
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); })) << "what was not acknowledged did not come again";
+  EXPECT_EQ(kill(pid, 0), 0);
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  ASSERT_EQ(coordinator_.hellos.size(), 2u);
+  EXPECT_EQ(coordinator_.hellos[0].incarnation(), coordinator_.hellos[1].incarnation());
+  ASSERT_EQ(coordinator_.hellos[1].running_size(), 1);
+  EXPECT_EQ(coordinator_.hellos[1].running(0).job_id(), "job-wait");
+  EXPECT_EQ(coordinator_.reports[0].seq(), 1);
+}
+
+TEST_F(AgentTest, AFileThatTheCoordinatorDoesNotHaveIsAFailureNotAHang) {
+  v1::RankDirective rank = Rank("steps");
+  rank.mutable_train_tokens()->set_sha256(std::string(64, '0'));
+  coordinator_.Direct({rank});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("failure"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  EXPECT_THAT(coordinator_.reports.back().report().failure().reason().message(), HasSubstr("train.safetensors"));
+}
+
+TEST_F(AgentTest, ASecondAgentOnTheSameFolderIsRefused) {
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return !coordinator_.hellos.empty(); }));
+  AgentOptions options;
+  options.coordinator = absl::StrCat("127.0.0.1:", port_);
+  options.work_directory = directory_;
+  Agent second(options, &metrics_);
+  const absl::Status status = second.Run();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr(directory_));
+}
+
+}  // namespace
+}  // namespace ppft::agent
