@@ -1,0 +1,44 @@
+// What a model costs: FLOPs and bytes per layer, embedding and head. The accounting behind the planner and mfu: per token and layer
+// forward 2 N + A + 2 P, backward 2 N + 2 A + 4 P (the base is frozen: no weight gradients), where N = parameters of the linears, P = parameters
+// of their adapters and A = attention over the document's past; the head costs 4 h V per target row, its gradient included (it is made in the
+// same pass). PURE; bounds of ModelConfig keep every product within int64 or exact enough in double.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "common/model/config.h"
+
+namespace ppft::model {
+
+struct LoraShape {
+  int64_t r = 16;
+  std::vector<std::string> target_modules;  // names of TargetModules()
+};
+
+struct Flops {
+  double forward = 0;
+  double backward = 0;
+};
+
+// One decoder layer over `tokens` tokens in documents of `document_tokens` tokens (causal attention).
+Flops LayerFlops(const ModelConfig& config, const LoraShape& lora, int64_t tokens, int64_t document_tokens);
+// Final norm, head, loss and the gradient of hidden over `targets` rows: all of it in forward.
+Flops HeadFlops(const ModelConfig& config, int64_t targets);
+
+int64_t LayerParameters(const ModelConfig& config);      // linears and norms of one layer
+int64_t EmbeddingParameters(const ModelConfig& config);  // vocab x hidden
+int64_t HeadParameters(const ModelConfig& config);       // vocab x hidden + the final norm, tied or not: a stage with the head holds it
+int64_t TotalParameters(const ModelConfig& config);      // a tied embedding once
+int64_t AdapterParametersOfLayer(const ModelConfig& config, const LoraShape& lora);
+// Masters, gradients and two moments, all fp32.
+int64_t AdapterBytesOfLayer(const ModelConfig& config, const LoraShape& lora);
+
+// Kept for backward of one micro-batch by one layer: both residual inputs with their 1/rms, q k v, attention output with its log-sum-exp,
+// gate and up, and x Aᵀ of each adapter.
+int64_t ActivationBytesOfLayer(const ModelConfig& config, const LoraShape& lora, int64_t tokens, int64_t compute_bytes);
+// One hidden state [tokens, hidden] between stages.
+int64_t HiddenBytes(const ModelConfig& config, int64_t tokens, int64_t compute_bytes);
+
+}  // namespace ppft::model
