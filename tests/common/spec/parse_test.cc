@@ -1,0 +1,290 @@
+#include <gmock/gmock.h>
+#include <google/protobuf/util/message_differencer.h>
+#include <gtest/gtest.h>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "common/spec/schema.h"
+#include "common/spec/spec.h"
+#include "common/spec/suggest.h"
+
+namespace ppft::spec {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+constexpr char kMinimum[] = "model: {base_model: tiny}\ndata:\n  datasets:\n    - {path: train.jsonl, type: prompt_completion}\n";
+
+std::string Errors(const ParseResult& result) {
+  std::string text;
+  for (const FieldError& error : result.errors) absl::StrAppend(&text, ToString(error), "\n");
+  return text;
+}
+
+std::string ErrorsOf(absl::string_view text, const std::vector<std::string>& overrides = {}) { return Errors(Parse("job.yaml", text, overrides)); }
+
+TEST(Parse, TheMinimumGetsTheDocumentedDefaults) {
+  const ParseResult result = Parse("job.yaml", kMinimum);
+  ASSERT_TRUE(result.ok()) << Errors(result);
+  const v1::JobSpec& spec = result.spec;
+  EXPECT_EQ(spec.name(), "job");
+  EXPECT_EQ(spec.seed(), 42);
+  EXPECT_EQ(spec.priority(), 50);
+  EXPECT_EQ(spec.adapter().r(), 16);
+  EXPECT_EQ(spec.adapter().lora_alpha(), 32);
+  EXPECT_EQ(spec.adapter().lora_dropout(), 0.05);
+  EXPECT_EQ(spec.adapter().target_modules_size(), 7);
+  EXPECT_EQ(spec.data().datasets(0).source(), "train.jsonl");
+  EXPECT_EQ(spec.data().datasets(0).field_map().at("completion"), "completion");
+  EXPECT_EQ(spec.data().instruction_prefix(), "Summarize the following article:\n\n");
+  EXPECT_EQ(spec.data().response_prefix(), "\n\nSummary:\n");
+  EXPECT_EQ(spec.data().sequence_len(), 1024);
+  EXPECT_EQ(spec.training().num_epochs(), 3);
+  EXPECT_FALSE(spec.training().has_max_steps());
+  EXPECT_FALSE(spec.training().has_warmup_ratio());
+  EXPECT_EQ(spec.training().learning_rate(), 2e-4);
+  EXPECT_EQ(spec.precision().loss_scale(), 0);
+  EXPECT_EQ(spec.parallel().pipeline_parallel_size(), 0);
+  EXPECT_EQ(spec.parallel().virtual_stages(), 1);
+  EXPECT_THAT(spec.output().formats(), ElementsAre("adapter"));
+  EXPECT_EQ(spec.output().merge_dtype(), "");
+  EXPECT_EQ(spec.limits().stall_timeout().seconds(), 300);
+  EXPECT_FALSE(spec.limits().has_max_duration());
+}
+
+TEST(Parse, EveryLeafOfTheMessageHasARule) {
+  std::vector<std::string> missing;
+  std::function<void(const google::protobuf::Descriptor*, const std::string&)> visit = [&](const google::protobuf::Descriptor* descriptor,
+                                                                                           const std::string& prefix) {
+    for (int i = 0; i < descriptor->field_count(); ++i) {
+      const auto* field = descriptor->field(i);
+      const std::string path = Join(prefix, field->name());
+      if (IsGroup(field)) {
+        visit(field->message_type(), field->is_repeated() ? path + "[]" : path);
+      } else if (FindRule(path) == nullptr) {
+        missing.push_back(path);
+      }
+    }
+  };
+  visit(v1::JobSpec::descriptor(), "");
+  EXPECT_THAT(missing, ElementsAre());
+}
+
+TEST(Parse, WholeFileAsDocumented) {
+  const ParseResult result = Parse("job.yaml", R"(
+name: xsum-llama32-1b
+labels: {team: nlp}
+seed: 7
+model:
+  base_model: llama-3.2-1b-instruct   # registered
+  init_adapter: null
+adapter: {lora_r: 8, target_modules: [v_proj, q_proj], use_rslora: true}
+data:
+  datasets:
+    - path: train.jsonl
+      type: summarization
+      field_map: {document: article}
+  val_set_size: 0.02
+  roles_to_train: [assistant]
+  sequence_len: auto
+training:
+  max_steps: 10
+  global_batch_size: 64
+  lr_scheduler: cosine_with_min_lr
+  warmup_ratio: 0.03
+precision: {loss_scale: dynamic}
+parallel: {pipeline_parallel_size: auto, layers_per_stage: null}
+evaluation: {early_stopping_patience: 2}
+limits: {max_duration: 2h, stall_timeout: 1m30s}
+)");
+  ASSERT_TRUE(result.ok()) << Errors(result);
+  EXPECT_EQ(result.spec.adapter().r(), 8);
+  EXPECT_THAT(result.spec.adapter().target_modules(), ElementsAre("q_proj", "v_proj"));
+  EXPECT_EQ(result.spec.data().datasets(0).field_map().at("document"), "article");
+  EXPECT_EQ(result.spec.data().datasets(0).field_map().at("summary"), "summary");
+  EXPECT_EQ(result.spec.training().gradient_accumulation_steps(), 16);
+  EXPECT_EQ(result.spec.training().min_lr_ratio(), 0.1);
+  EXPECT_FALSE(result.spec.training().has_num_epochs());
+  EXPECT_EQ(result.spec.limits().max_duration().seconds(), 7200);
+  EXPECT_EQ(result.spec.limits().stall_timeout().seconds(), 90);
+  EXPECT_EQ(result.given.count("data.sequence_len"), 0u);
+  EXPECT_EQ(result.given.count("adapter.r"), 1u);
+}
+
+struct Wrong {
+  const char* text;                 // appended to the minimum
+  std::vector<const char*> expect;  // parts of the errors
+};
+
+TEST(Parse, RefusesWithPlaceFieldAndRemedy) {
+  const std::vector<Wrong> cases = {
+      {"adapter: {r: 0}", {"job.yaml:5:11: adapter.r: 0 is out of range: use a whole number from 1 to 1024"}},
+      {"adapter: {rank: 1000000000}", {"job.yaml:5:11: adapter.r: 1000000000 is out of range"}},
+      {"adapter: {r: 99999999999999999999999}", {"adapter.r: 99999999999999999999999 is out of range"}},
+      {"adapter: {r: 1.5}", {"adapter.r: is \"1.5\", but must be a whole number"}},
+      {"adapter: {r: \"8\"}", {"remove the quotes"}},
+      {"adapter: {r: 0x10}", {"whole number"}},
+      {"adapter: {r: [8]}", {"adapter.r: is a list"}},
+      {"adapter:\n  r: 8\n  lora_r: 8", {"job.yaml:7:3: adapter.lora_r: is given twice (first in line 6), there as r"}},
+      {"adapter: 8", {"job.yaml:5:1: adapter: is \"8\", but must be a group of keys: r, lora_alpha"}},
+      {"adapter: {target_modules: [q_prj]}", {"adapter.target_modules[0]: \"q_prj\" is not known; did you mean q_proj?"}},
+      {"adapter: {target_modules: [q_proj, q_proj]}", {"target_modules[1]", "twice"}},
+      {"adapter: {target_modules: [all-linear]}", {"stands alone"}},
+      {"adapter: {target_modules: []}", {"target_modules: is empty"}},
+      {"adapter: {use_rslora: yes}", {"true or false"}},
+      {"training: {max_stepz: 3}", {"job.yaml:5:12: training.max_stepz: is not a known key; did you mean max_steps?"}},
+      {"max_steps: 3", {"did you mean training.max_steps?"}},
+      {"training: {per_device_train_batch_size: 3}", {"did you mean training.micro_batch_size?"}},
+      {"training: {learning_rate: fast}", {"learning_rate: is \"fast\", but must be a number above 0"}},
+      {"training: {learning_rate: -1}", {"learning_rate: -1 is out of range: use a number above 0"}},
+      {"training: {learning_rate: .inf}", {"learning_rate: .inf is not a finite number"}},
+      {"training: {learning_rate: -.NaN}", {"not a finite number"}},
+      {"training: {learning_rate: 1e999}", {"learning_rate: infinity is not a finite number"}},
+      {"training: {num_epochs: 1, max_steps: 3}", {"job.yaml:5:12: training.num_epochs: num_epochs and max_steps contradict"}},
+      {"training: {max_steps: 3, warmup_steps: 4000}", {"warmup_steps (4000) is more than max_steps (3)"}},
+      {"training: {warmup_steps: 4, warmup_ratio: 0.1}", {"warmup_ratio and warmup_steps contradict"}},
+      {"training: {global_batch_size: 30}", {"global_batch_size (30) is not a multiple of micro_batch_size (4) x data_parallel_size (1): use 28 or 32"}},
+      {"training: {global_batch_size: 32, gradient_accumulation_steps: 4}", {"global_batch_size (32) contradicts gradient_accumulation_steps (4)"}},
+      {"training: {min_lr_ratio: 0.2}", {"min_lr_ratio has no effect with lr_scheduler: cosine"}},
+      {"training: {optimizer: sgd}", {"training.optimizer: \"sgd\" is not supported yet: use adamw"}},
+      {"training: {optimizer: adamv}", {"did you mean adamw?"}},
+      {"parallel: {schedule: zigzag}", {"parallel.schedule: \"zigzag\" is not known: use one of auto, gpipe, 1f1b, interleaved_1f1b"}},
+      {"parallel: {schedule: interleaved_1f1b}", {"job.yaml:5:12: parallel.virtual_stages", "at least 2"}},
+      {"parallel: {virtual_stages: 2}", {"virtual_stages (2) needs schedule: interleaved_1f1b"}},
+      {"parallel: {schedule: interleaved_1f1b, virtual_stages: 2, pipeline_parallel_size: 3}",
+       {"training.gradient_accumulation_steps: gradient_accumulation_steps (8) must be a multiple of pipeline_parallel_size (3)", "use 9"}},
+      {"parallel: {pipeline_parallel_size: 3, layers_per_stage: [1, 2]}", {"layers_per_stage has 2 numbers", "asks for 3"}},
+      {"parallel: {layers_per_stage: [1, -2]}", {"parallel.layers_per_stage[1]: is \"-2\""}},
+      {"parallel: {zero_stage: 3}", {"parallel.zero_stage: \"3\" is not supported yet"}},
+      {"parallel: {data_parallel_size: 2}", {"parallel.data_parallel_size: \"2\" is not supported yet"}},
+      {"precision: {compute: bf16}", {"\"bf16\" is not supported yet"}},
+      {"precision: {compute: fp12}", {"precision.compute: \"fp12\" is not known; did you mean fp32?"}},
+      {"precision: {loss_scale: 0}", {"loss_scale: 0 is out of range", "dynamic"}},
+      {"evaluation: {early_stopping_patience: 1}", {"early_stopping_patience needs evaluation rows"}},
+      {"output: {formats: [adapter, gguf]}", {"output.formats[1]: \"gguf\" is not known"}},
+      {"limits: {stall_timeout: 300}", {"limits.stall_timeout: is \"300\", but must be a duration with its unit"}},
+      {"limits: {stall_timeout: 0s}", {"out of range"}},
+      {"limits: {max_duration: inf}", {"duration"}},
+      {"name: Has Blanks", {"name: \"Has Blanks\" is not a name"}},
+      {"name: a\nname: b", {"job.yaml:6:1: name: is given twice (first in line 5)"}},
+      {"labels: [a]", {"labels: is a list"}},
+      {"priority: 101", {"priority: 101 is out of range: use a whole number from 0 to 100"}},
+  };
+  for (const Wrong& wrong : cases) {
+    const std::string errors = ErrorsOf(absl::StrCat(kMinimum, wrong.text, "\n"));
+    for (const char* part : wrong.expect) EXPECT_THAT(errors, HasSubstr(part)) << wrong.text;
+    EXPECT_EQ(std::count(errors.begin(), errors.end(), '\n'), 1) << "one cause, one error: " << wrong.text << "\n" << errors;
+  }
+}
+
+TEST(Parse, RefusesWrongDatasets) {
+  const auto with = [](absl::string_view data) { return ErrorsOf(absl::StrCat("model: {base_model: tiny}\ndata: ", data, "\n")); };
+  EXPECT_THAT(with("{datasets: train.jsonl}"), HasSubstr("data.datasets: is \"train.jsonl\", but must be a list"));
+  EXPECT_THAT(with("{datasets: [train.jsonl]}"), HasSubstr("data.datasets[0]: is \"train.jsonl\", but must be a group of keys: path"));
+  EXPECT_THAT(with("{datasets: []}"), HasSubstr("data.datasets: is missing"));
+  EXPECT_THAT(with("{datasets: [{path: a}]}"), HasSubstr("data.datasets[0].type: is missing: say what a row holds"));
+  EXPECT_THAT(with("{datasets: [{type: completion}]}"), HasSubstr("data.datasets[0].path: is missing"));
+  EXPECT_THAT(with("{datasets: [{path: a, type: alpaca}]}"), HasSubstr("data.datasets[0].type: \"alpaca\" is not supported yet"));
+  EXPECT_THAT(with("{datasets: [{path: a, type: complete}]}"), HasSubstr("did you mean completion?"));
+  EXPECT_THAT(with("{datasets: [{path: a, type: summarization, field_map: {dokument: x}}]}"), HasSubstr("did you mean document?"));
+  EXPECT_THAT(with("{datasets: [{path: a, type: completion}], val_set_size: 0.1, test_datasets: [{path: b, type: completion}]}"),
+              HasSubstr("val_set_size and test_datasets contradict"));
+  EXPECT_THAT(with("{datasets: [{path: a, type: completion}], roles_to_train: [user]}"), HasSubstr("data.roles_to_train: \"user\" is not supported yet"));
+  EXPECT_THAT(with("{datasets: [{path: a, type: completion}], chat_template: my.jinja}"), HasSubstr("not supported yet"));
+}
+
+TEST(Parse, AllErrorsAtOnceInFileOrder) {
+  const ParseResult result = Parse("some/job.yaml", absl::StrCat(kMinimum, "adapter: {r: 0}\ntraining: {max_stepz: 3}\nparallel: {schedule: zigzag}\n"));
+  std::vector<int> lines;
+  for (const FieldError& error : result.errors) lines.push_back(error.line);
+  EXPECT_THAT(lines, ElementsAre(5, 6, 7));
+  EXPECT_THAT(Errors(result), HasSubstr("some/job.yaml:7:"));
+}
+
+TEST(Parse, EmptyFilesSayWhatIsNeeded) {
+  for (const char* text : {"", "\n# nothing\n", "---\n", "{}\n", "model:\ndata:\n"}) {
+    const std::string errors = ErrorsOf(text);
+    EXPECT_THAT(errors, HasSubstr("model.base_model: is missing")) << text;
+    EXPECT_THAT(errors, HasSubstr("data.datasets: is missing")) << text;
+  }
+  EXPECT_THAT(ErrorsOf("- a\n"), HasSubstr("holds a list"));
+}
+
+TEST(Parse, OverridesReplaceAddAndRemove) {
+  ParseResult result =
+      Parse("job.yaml", absl::StrCat(kMinimum, "training: {num_epochs: 2}\n"),
+            {"training.num_epochs=null", "training.max_steps=5", "data.datasets[0].path=other.jsonl", "adapter.target_modules=[q_proj]", "labels.team=nlp"});
+  ASSERT_TRUE(result.ok()) << Errors(result);
+  EXPECT_EQ(result.spec.training().max_steps(), 5);
+  EXPECT_EQ(result.spec.data().datasets(0).path(), "other.jsonl");
+  EXPECT_THAT(result.spec.adapter().target_modules(), ElementsAre("q_proj"));
+  EXPECT_EQ(result.spec.labels().at("team"), "nlp");
+  EXPECT_THAT(ErrorsOf(kMinimum, {"adapter.r=0"}), HasSubstr("--set adapter.r=0: adapter.r: 0 is out of range"));
+  EXPECT_THAT(ErrorsOf(kMinimum, {"adapter.r"}), HasSubstr("KEY=VALUE"));
+  EXPECT_THAT(ErrorsOf(kMinimum, {"=3"}), HasSubstr("KEY=VALUE"));
+  EXPECT_THAT(ErrorsOf(kMinimum, {"a..b=3"}), HasSubstr("KEY=VALUE"));
+  EXPECT_THAT(ErrorsOf(kMinimum, {"data.datasets[7].path=x"}), HasSubstr("has entries 0 to 0"));
+  EXPECT_THAT(ErrorsOf(kMinimum, {"model.base_model.x=1"}), HasSubstr("is a value"));
+  EXPECT_THAT(ErrorsOf(kMinimum, {"name=[ {"}), HasSubstr("--set name=[ {: not valid YAML"));
+  EXPECT_THAT(ErrorsOf(absl::StrCat(kMinimum, "adapter: {rank: 4}\n"), {"adapter.r=2000"}), Not(HasSubstr("twice")));
+}
+
+TEST(Parse, LocateFindsTheNearestWrittenKey) {
+  const ParseResult result = Parse("job.yaml", kMinimum);
+  v1::Violation violation;
+  violation.set_message("x");
+  violation.set_field("model.base_model");
+  EXPECT_EQ(ToString(result.Locate(violation)), "job.yaml:1:9: model.base_model: x");
+  violation.set_field("data.datasets[0].type");
+  EXPECT_EQ(result.Locate(violation).line, 4);
+  violation.set_field("data.sequence_len");
+  EXPECT_EQ(result.Locate(violation).line, 2);
+  violation.set_field("parallel.pipeline_parallel_size");
+  EXPECT_EQ(result.Locate(violation).line, 1);
+}
+
+TEST(ToYaml, ParsesBackToTheSameMessage) {
+  const std::vector<std::string> texts = {
+      kMinimum,
+      absl::StrCat(
+          kMinimum, "name: n0\nlabels: {a: 'x: \"y\" \\ #', 'true': 'null', '1': ''}\nseed: 9007199254740991\n",
+          "training: {max_steps: 3, warmup_steps: 2, learning_rate: 0.1234567890123456789, lr_scheduler: wsd, decay_ratio: 0.3, min_lr_ratio: 1e-300, "
+          "global_batch_size: 64}\n",
+          "limits: {max_duration: 1.5s, stall_timeout: 2h}\nprecision: {loss_scale: 1024}\nparallel: {pipeline_parallel_size: 2, layers_per_stage: [3, 2]}\n",
+          "output: {formats: [merged, adapter], merge_dtype: float16}\nmodel2: null\n"),
+      "model: {base_model: tiny, init_adapter: some/folder}\ndata:\n  instruction_prefix: \"\"\n  response_prefix: \"tab\\t line\\n \\u00e9 \\x01 \\\"q\\\" "
+      "\\\\ end \"\n  test_datasets:\n"
+      "    - {path: ds-0123456789abcdef, source: \"my file.jsonl\", type: summarization, field_map: {summary: \"a b\"}}\n  datasets:\n    - {path: a.jsonl, "
+      "type: completion}\n"
+      "    - {path: \"123\", type: prompt_completion}\n",
+  };
+  for (const std::string& text : texts) {
+    ParseResult first = Parse("job.yaml", text);
+    if (text.find("model2") != std::string::npos) {
+      ASSERT_EQ(first.errors.size(), 1u) << Errors(first);
+    } else {
+      ASSERT_TRUE(first.ok()) << Errors(first);
+    }
+    const std::string yaml = ToYaml(first.spec);
+    const ParseResult second = Parse("resolved.yaml", yaml);
+    ASSERT_TRUE(second.ok()) << Errors(second) << yaml;
+    std::string difference;
+    google::protobuf::util::MessageDifferencer differencer;
+    differencer.ReportDifferencesToString(&difference);
+    EXPECT_TRUE(differencer.Compare(first.spec, second.spec)) << difference << yaml;
+    EXPECT_TRUE(Check(first.spec).empty());
+  }
+}
+
+TEST(Nearest, FindsSlipsAndNothingElse) {
+  EXPECT_EQ(EditDistance("kitten", "sitting"), 3);
+  EXPECT_EQ(EditDistance("ab", "ba"), 1);
+  EXPECT_EQ(EditDistance("", "abc"), 3);
+  EXPECT_EQ(Nearest("max_stepz", {"min_steps", "max_steps"}), "max_steps");
+  EXPECT_EQ(Nearest("unrelated", {"r", "lora_alpha"}), "");
+}
+
+}  // namespace
+}  // namespace ppft::spec
