@@ -31,7 +31,8 @@ enum class Section : uint32_t {
 };
 
 inline const char* SectionName(Section section) {
-  static constexpr const char* kNames[] = {"starting", "loading", "connecting", "forward", "backward", "send", "receive", "reduce", "optimizer", "checkpoint", "export", "done"};
+  static constexpr const char* kNames[] = {"starting", "loading", "connecting", "forward",    "backward", "send",
+                                           "receive",  "reduce",  "optimizer",  "checkpoint", "export",   "done"};
   const auto index = static_cast<uint32_t>(section);
   return index < sizeof(kNames) / sizeof(kNames[0]) ? kNames[index] : "unknown";
 }
