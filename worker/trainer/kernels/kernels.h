@@ -6,11 +6,11 @@
 // fp64 and fp32 otherwise. Thread: one call at a time per object. Errors: c10::Error for shapes and types that break the contract.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <array>
 #include <cstdint>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 namespace ppft::trainer {
 
@@ -30,16 +30,6 @@ struct DropoutSequence {
   std::array<uint32_t, 2> key{};  // Philox key
   uint32_t stream = 0;
   double p = 0.0;  // probability of dropping, below 1; kept elements are scaled by 1 / (1 - p)
-};
-
-struct AdamWOptions {
-  double learning_rate = 0;
-  double beta1 = 0.9;
-  double beta2 = 0.999;
-  double epsilon = 1e-8;
-  double weight_decay = 0;
-  int64_t step = 1;             // of this parameter, from 1: bias correction
-  double gradient_scale = 1.0;  // multiplies the gradient first: clipping and unscaling
 };
 
 class Kernels {
@@ -80,10 +70,6 @@ class Kernels {
   virtual void Dropout(const at::Tensor& x, const DropoutSequence& sequence, const at::Tensor& out) = 0;
   // dx += dropout's gradient: the same mask and scale on dout. rows [T, H].
   virtual void DropoutBackward(const at::Tensor& dout, const DropoutSequence& sequence, const at::Tensor& dx) = 0;
-
-  // torch.optim.AdamW on flat vectors of one length (acc dtype): decoupled decay, bias correction.
-  virtual void AdamW(const at::Tensor& master, const at::Tensor& gradient, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
-                     const AdamWOptions& options) = 0;
 };
 
 // The CPU's kernels: stateless, shared, usable from any thread.

@@ -5,13 +5,13 @@
 // Thread: one thread at a time. Errors: Status with the tensor's or module's name; libtorch's exceptions do not leave.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -22,7 +22,7 @@ namespace ppft::trainer {
 
 struct LoraOptions {
   int r = 16;
-  double scale = 2.0;          // lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA
+  double scale = 2.0;  // lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA
   double dropout = 0.0;
   uint64_t seed = 42;
   std::vector<std::string> target_modules;  // "q_proj" …
@@ -36,7 +36,7 @@ struct StageOptions {
   bool has_head = false;
   at::ScalarType compute = at::kFloat;  // of the base and the activations; adapters and their gradients stay fp32
   LoraOptions lora;
-  int64_t head_chunk_rows = 256;        // rows of logits at a time: they have to stay in cache
+  int64_t head_chunk_rows = 256;  // rows of logits at a time: they have to stay in cache
 };
 
 // The raw tensor of that name from the base model (as on disk: fp32, bf16 or fp16); NOT_FOUND if it is not there.
@@ -44,21 +44,21 @@ using TensorSource = std::function<absl::StatusOr<at::Tensor>(const std::string&
 
 // The inputs of one micro-batch. All on the host; the stage moves what it needs.
 struct MicrobatchInput {
-  int64_t step = 0;          // key of the dropout generator
-  int microbatch = 0;        // index in the step over all replicas: key of the dropout generator and of the stored activations
+  int64_t step = 0;                 // key of the dropout generator
+  int microbatch = 0;               // index in the step over all replicas: key of the dropout generator and of the stored activations
   std::vector<int32_t> cu_seqlens;  // [documents + 1], from 0 to tokens
-  at::Tensor ids;            // [tokens] int64; first stage
-  at::Tensor target_rows;    // [targets] int64: rows whose next token is supervised; last stage
-  at::Tensor target_ids;     // [targets] int64: those next tokens
-  double loss_weight = 1.0;  // gradient of the step's loss with respect to one target's -log p: loss_scale / supervised targets of the step
-  bool training = true;      // adapter dropout is active; false in evaluation and verification
+  at::Tensor ids;                   // [tokens] int64; first stage
+  at::Tensor target_rows;           // [targets] int64: rows whose next token is supervised; last stage
+  at::Tensor target_ids;            // [targets] int64: those next tokens
+  double loss_weight = 1.0;         // gradient of the step's loss with respect to one target's -log p: loss_scale / supervised targets of the step
+  bool training = true;             // adapter dropout is active; false in evaluation and verification
 };
 
 // One trainable tensor. `gradient` is fp32 and accumulates until ZeroGradients.
 struct Parameter {
-  std::string name;      // PEFT's key: "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"
-  at::Tensor master;     // fp32, A: [r, in], B: [out, r]
-  at::Tensor gradient;   // same shape, fp32
+  std::string name;     // PEFT's key: "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"
+  at::Tensor master;    // fp32, A: [r, in], B: [out, r]
+  at::Tensor gradient;  // same shape, fp32
 };
 
 class StageModel {

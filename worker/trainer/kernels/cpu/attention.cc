@@ -1,8 +1,8 @@
 // ATen's flash attention for CPUs (FlashAttention-2, 2307.08691) knows no cu_seqlens: one call per run of documents of equal length.
-#include <cmath>
-
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
+
+#include <cmath>
 
 #include "worker/trainer/kernels/cpu/cpu_kernels.h"
 

@@ -33,10 +33,6 @@ class CpuKernelsImpl final : public Kernels {
   }
   void Dropout(const at::Tensor& x, const DropoutSequence& sequence, const at::Tensor& out) override { cpu::Dropout(x, sequence, out); }
   void DropoutBackward(const at::Tensor& dout, const DropoutSequence& sequence, const at::Tensor& dx) override { cpu::DropoutBackward(dout, sequence, dx); }
-  void AdamW(const at::Tensor& master, const at::Tensor& gradient, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
-             const AdamWOptions& options) override {
-    cpu::AdamW(master, gradient, exp_avg, exp_avg_sq, options);
-  }
 };
 
 }  // namespace

@@ -24,6 +24,4 @@ void CrossEntropy(const at::Tensor& logits, const at::Tensor& targets, double we
 void Dropout(const at::Tensor& x, const DropoutSequence& sequence, const at::Tensor& out);
 void DropoutBackward(const at::Tensor& dout, const DropoutSequence& sequence, const at::Tensor& dx);
 
-void AdamW(const at::Tensor& master, const at::Tensor& gradient, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const AdamWOptions& options);
-
 }  // namespace ppft::trainer::cpu

@@ -28,7 +28,8 @@ PPFT_CPU_CLONES double ExpRow(A* __restrict x, int64_t n, A max) {
     A* block = x + from;
     const int64_t size = n - from < kBlock ? n - from : kBlock;
     for (int64_t i = 0; i < size; ++i) block[i] = Exp(block[i] - max);
-    sum += double(LaneSum<A>(size, [block](int64_t i) __attribute__((always_inline)) { return block[i]; }));
+    sum += double(LaneSum<A>(
+        size, [block](int64_t i) __attribute__((always_inline)) { return block[i]; }));
   }
   return sum;
 }

@@ -13,9 +13,8 @@ template <typename Body>
 PPFT_INLINE void ForEachColumn(const DropoutSequence& sequence, int64_t row, int64_t n, Body body) {
   const uint64_t threshold = static_cast<uint64_t>(sequence.p * 4294967296.0);  // a number below it drops
   for (int64_t i = 0; i < n; i += 4) {
-    const data::PhiloxBlock block = data::Philox4x32({static_cast<uint32_t>(i / 4), static_cast<uint32_t>(row), sequence.stream,
-                                                      static_cast<uint32_t>(data::PhiloxDomain::kDropout)},
-                                                     sequence.key);
+    const data::PhiloxBlock block = data::Philox4x32(
+        {static_cast<uint32_t>(i / 4), static_cast<uint32_t>(row), sequence.stream, static_cast<uint32_t>(data::PhiloxDomain::kDropout)}, sequence.key);
     for (int64_t j = 0; j < 4 && i + j < n; ++j) body(i + j, block[j] >= threshold);
   }
 }

@@ -1,4 +1,4 @@
-// RMSNorm, RoPE, SwiGLU, AdamW.
+// RMSNorm, RoPE, SwiGLU.
 #include "worker/trainer/kernels/cpu/cpu_kernels.h"
 #include "worker/trainer/kernels/cpu/parallel.h"
 #include "worker/trainer/kernels/cpu/rows.h"
@@ -14,7 +14,8 @@ PPFT_CPU_CLONES void AddRow(const T* x, const T* delta, T* sum, int64_t n) {
 template <typename T>
 PPFT_CPU_CLONES Acc<T> SquareSum(const T* x, int64_t n) {
   using A = Acc<T>;
-  return LaneSum<A>(n, [x](int64_t i) __attribute__((always_inline)) { return A(x[i]) * A(x[i]); });
+  return LaneSum<A>(
+      n, [x](int64_t i) __attribute__((always_inline)) { return A(x[i]) * A(x[i]); });
 }
 
 template <typename T>
@@ -26,7 +27,9 @@ PPFT_CPU_CLONES void NormRow(const T* x, Acc<T> rstd, const T* weight, T* __rest
 template <typename T>
 PPFT_CPU_CLONES void NormBackwardRow(const T* dnormed, const T* x, Acc<T> rstd, const T* weight, T* __restrict dx, int64_t n) {
   using A = Acc<T>;
-  const A mean = LaneSum<A>(n, [=](int64_t i) __attribute__((always_inline)) { return A(dnormed[i]) * A(weight[i]) * A(x[i]); }) * rstd / A(n);
+  const A mean = LaneSum<A>(
+                     n, [=](int64_t i) __attribute__((always_inline)) { return A(dnormed[i]) * A(weight[i]) * A(x[i]); }) *
+                 rstd / A(n);
   for (int64_t i = 0; i < n; ++i) dx[i] = static_cast<T>(A(dx[i]) + rstd * (A(dnormed[i]) * A(weight[i]) - A(x[i]) * rstd * mean));
 }
 
@@ -59,23 +62,6 @@ PPFT_CPU_CLONES void SwiGluBackwardRow(const T* dout, const T* gate, const T* up
     const A g = A(gate[i]), u = A(up[i]), d = A(dout[i]), s = Sigmoid(g);
     dgate[i] = static_cast<T>(d * u * s * (A(1) + g * (A(1) - s)));
     dup[i] = static_cast<T>(d * g * s);
-  }
-}
-
-template <typename A>
-struct AdamWFactors {
-  A gradient_scale, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_sqrt_correction2, epsilon, step_size;
-};
-
-// Written out as torch.optim.AdamW does it: decay, moments, then the step with eps added after the corrected root.
-template <typename A>
-PPFT_CPU_CLONES void AdamWPart(A* __restrict p, const A* __restrict g, A* __restrict m, A* __restrict v, const AdamWFactors<A>& f, int64_t n) {
-  const AdamWFactors<A> c = f;
-  for (int64_t i = 0; i < n; ++i) {
-    const A gradient = g[i] * c.gradient_scale;
-    m[i] = c.beta1 * m[i] + c.one_minus_beta1 * gradient;
-    v[i] = c.beta2 * v[i] + c.one_minus_beta2 * gradient * gradient;
-    p[i] = p[i] * c.decay - c.step_size * m[i] / (std::sqrt(v[i]) * c.inverse_sqrt_correction2 + c.epsilon);
   }
 }
 
@@ -166,30 +152,6 @@ void SwiGluBackward(const at::Tensor& dout, const at::Tensor& gate_up, const at:
       for (int64_t t = begin; t < end; ++t) SwiGluBackwardRow<T>(d[t], in[t], in[t] + n, o[t], o[t] + n, n);
     });
   });
-}
-
-void AdamW(const at::Tensor& master, const at::Tensor& gradient, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const AdamWOptions& options) {
-  const auto run = [&](auto zero) {
-    using A = decltype(zero);
-    const int64_t n = master.numel();
-    A* p = Flat<A>(master, n);
-    const A* g = Flat<A>(gradient, n);
-    A* m = Flat<A>(exp_avg, n);
-    A* v = Flat<A>(exp_avg_sq, n);
-    const double correction1 = 1.0 - std::pow(options.beta1, double(options.step));
-    const double correction2 = 1.0 - std::pow(options.beta2, double(options.step));
-    const AdamWFactors<A> factors{A(options.gradient_scale),
-                                  A(1.0 - options.learning_rate * options.weight_decay),
-                                  A(options.beta1),
-                                  A(1.0 - options.beta1),
-                                  A(options.beta2),
-                                  A(1.0 - options.beta2),
-                                  A(1.0 / std::sqrt(correction2)),
-                                  A(options.epsilon),
-                                  A(options.learning_rate / correction1)};
-    ParallelFor(0, n, 1 << 14, [&](int64_t begin, int64_t end) { AdamWPart<A>(p + begin, g + begin, m + begin, v + begin, factors, end - begin); });
-  };
-  master.scalar_type() == at::kDouble ? run(double{}) : run(float{});
 }
 
 }  // namespace ppft::trainer::cpu

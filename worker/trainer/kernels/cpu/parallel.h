@@ -1,9 +1,9 @@
 // ATen's thread pool for loops. The only file that needs the OpenMP flag is parallel.cc: without it at::parallel_for runs serially.
 #pragma once
 
-#include <cstdint>
-
 #include <c10/util/FunctionRef.h>
+
+#include <cstdint>
 
 namespace ppft::trainer::cpu {
 

@@ -2,13 +2,13 @@
 // x86-64 and picked when the program starts; sums run in 16 fixed lanes and products are never fused (-ffp-contract=off), so all three give the same bits.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <type_traits>
-
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #define PPFT_CPU_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))

@@ -1,0 +1,110 @@
+#include "worker/trainer/model/activations.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace ppft::trainer {
+
+LayerActivations LayerActivations::Rows(int64_t tokens) const {
+  LayerActivations rows;
+  rows.hidden = hidden.narrow(0, 0, tokens);
+  rows.hidden_rstd = hidden_rstd.narrow(0, 0, tokens);
+  rows.qkv = qkv.narrow(0, 0, tokens);
+  rows.qkv_lora = qkv_lora.narrow(0, 0, tokens);
+  rows.attention = attention.narrow(0, 0, tokens);
+  rows.lse = lse.narrow(1, 0, tokens);
+  rows.middle = middle.narrow(0, 0, tokens);
+  rows.middle_rstd = middle_rstd.narrow(0, 0, tokens);
+  rows.gate_up = gate_up.narrow(0, 0, tokens);
+  rows.gate_up_lora = gate_up_lora.narrow(0, 0, tokens);
+  rows.down_lora = down_lora.narrow(0, 0, tokens);
+  return rows;
+}
+
+ActivationPool::ActivationPool(int num_layers, const LayerSizes& sizes, const at::TensorOptions& compute, at::ScalarType acc)
+    : num_layers_(num_layers), sizes_(sizes), compute_(compute), acc_(acc) {}
+
+std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, int64_t tokens) const {
+  auto set = std::make_unique<MicrobatchActivations>();
+  set->capacity = tokens;
+  const auto rows = [&](int64_t columns) {
+    set->bytes += tokens * columns * static_cast<int64_t>(compute_.dtype().itemsize());
+    return at::empty({tokens, columns}, compute_);
+  };
+  const auto acc = [&](at::IntArrayRef shape) {
+    at::Tensor t = at::empty(shape, compute_.dtype(acc_));
+    set->bytes += static_cast<int64_t>(t.nbytes());
+    return t;
+  };
+  for (size_t i = 0; i < layers; ++i) {
+    LayerActivations a;
+    a.hidden = rows(sizes_.hidden);
+    a.hidden_rstd = acc({tokens});
+    a.qkv = rows(sizes_.qkv);
+    a.qkv_lora = rows(sizes_.qkv_lora);
+    a.attention = rows(sizes_.attention);
+    a.lse = acc({sizes_.q_heads, tokens});
+    a.middle = rows(sizes_.hidden);
+    a.middle_rstd = acc({tokens});
+    a.gate_up = rows(sizes_.gate_up);
+    a.gate_up_lora = rows(sizes_.gate_up_lora);
+    a.down_lora = rows(sizes_.down_lora);
+    set->layers.push_back(std::move(a));
+  }
+  return set;
+}
+
+MicrobatchActivations& ActivationPool::Keep(int microbatch, int64_t tokens) {
+  Release(microbatch);
+  // The smallest set that fits; without one the largest makes room for a new one.
+  std::sort(free_.begin(), free_.end(), [](const auto& a, const auto& b) { return a->capacity < b->capacity; });
+  auto fit = std::find_if(free_.begin(), free_.end(), [tokens](const auto& set) { return set->capacity >= tokens; });
+  std::unique_ptr<MicrobatchActivations> set;
+  if (fit != free_.end()) {
+    set = std::move(*fit);
+    free_.erase(fit);
+  } else {
+    if (!free_.empty()) free_.pop_back();
+    set = Allocate(num_layers_, tokens);
+  }
+  return *(kept_[microbatch] = std::move(set));
+}
+
+MicrobatchActivations& ActivationPool::Transient(int64_t tokens) {
+  if (transient_ == nullptr || transient_->capacity < tokens) {
+    transient_.reset();
+    transient_ = Allocate(1, tokens);
+  }
+  return *transient_;
+}
+
+MicrobatchActivations* ActivationPool::FindKept(int microbatch) {
+  const auto it = kept_.find(microbatch);
+  return it == kept_.end() ? nullptr : it->second.get();
+}
+
+void ActivationPool::Release(int microbatch) {
+  const auto it = kept_.find(microbatch);
+  if (it == kept_.end()) return;
+  free_.push_back(std::move(it->second));
+  kept_.erase(it);
+}
+
+int64_t ActivationPool::kept_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& [microbatch, set] : kept_) bytes += set->bytes;
+  return bytes;
+}
+
+at::Tensor Scratch::Get(Role role, int64_t rows, int64_t columns) {
+  at::Tensor& buffer = buffers_[role];
+  if (!buffer.defined() || buffer.numel() < rows * columns) {
+    buffer.reset();
+    buffer = at::empty({rows * columns}, compute_);
+  }
+  return buffer.narrow(0, 0, rows * columns).view({rows, columns});
+}
+
+}  // namespace ppft::trainer

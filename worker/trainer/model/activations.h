@@ -1,0 +1,89 @@
+// Memory of a stage: what backward needs of each micro-batch, taken from a pool, and scratch buffers that all layers share. A steady step allocates nothing
+// large: buffers grow to the largest micro-batch seen and stay.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <map>
+#include <memory>
+#include <vector>
+
+namespace ppft::trainer {
+
+// Columns of one layer's saved tensors.
+struct LayerSizes {
+  int64_t hidden = 0;
+  int64_t q_heads = 0;
+  int64_t qkv = 0;        // packed row
+  int64_t attention = 0;  // query size + lora columns of o
+  int64_t gate_up = 0;    // 2 * intermediate
+  int64_t qkv_lora = 0, gate_up_lora = 0, down_lora = 0;
+};
+
+// Saved by one layer's forward pass, T rows each.
+struct LayerActivations {
+  at::Tensor hidden;        // [T, hidden] residual stream at the layer's entry
+  at::Tensor hidden_rstd;   // [T] acc
+  at::Tensor qkv;           // [T, qkv] after RoPE
+  at::Tensor qkv_lora;      // [T, R]
+  at::Tensor attention;     // [T, query size + R]: input of o, with its lora columns
+  at::Tensor lse;           // [q_heads, T] acc
+  at::Tensor middle;        // [T, hidden] residual stream before the MLP
+  at::Tensor middle_rstd;   // [T] acc
+  at::Tensor gate_up;       // [T, 2 * intermediate]; backward overwrites it with its gradient
+  at::Tensor gate_up_lora;  // [T, R]
+  at::Tensor down_lora;     // [T, R]
+
+  LayerActivations Rows(int64_t tokens) const;
+};
+
+// One micro-batch in flight.
+struct MicrobatchActivations {
+  int64_t capacity = 0;  // tokens that fit
+  int64_t bytes = 0;
+  std::vector<LayerActivations> layers;  // `capacity` rows each
+  at::Tensor position;                   // [tokens] int32
+  at::Tensor target_rows;                // [targets] int64; last stage
+  at::Tensor head_gradient;              // [targets, hidden]: gradient of the last hidden state at target_rows
+};
+
+class ActivationPool {
+ public:
+  ActivationPool(int num_layers, const LayerSizes& sizes, const at::TensorOptions& compute, at::ScalarType acc);
+
+  // A free set of buffers for that micro-batch; FindKept gives it until Release. Overwrites one that is already kept.
+  MicrobatchActivations& Keep(int microbatch, int64_t tokens);
+  // One layer's buffers for all layers in turn: a forward pass without a backward.
+  MicrobatchActivations& Transient(int64_t tokens);
+  MicrobatchActivations* FindKept(int microbatch);
+  void Release(int microbatch);
+  int64_t kept_bytes() const;
+
+ private:
+  std::unique_ptr<MicrobatchActivations> Allocate(size_t layers, int64_t tokens) const;
+
+  const size_t num_layers_;
+  const LayerSizes sizes_;
+  const at::TensorOptions compute_;
+  const at::ScalarType acc_;
+  std::map<int, std::unique_ptr<MicrobatchActivations>> kept_;
+  std::vector<std::unique_ptr<MicrobatchActivations>> free_;
+  std::unique_ptr<MicrobatchActivations> transient_;
+};
+
+// Buffers by role; a role's content is valid until its next use.
+class Scratch {
+ public:
+  enum Role { kNormed, kGated, kBlockOut, kDropped, kGradient, kQkvGradient, kHiddenGradient, kHeadHidden, kHeadDelta, kHeadNormed, kLogits, kRoles };
+
+  explicit Scratch(const at::TensorOptions& compute) : compute_(compute) {}
+  // [rows, columns] contiguous, content undefined.
+  at::Tensor Get(Role role, int64_t rows, int64_t columns);
+
+ private:
+  const at::TensorOptions compute_;
+  std::array<at::Tensor, kRoles> buffers_;
+};
+
+}  // namespace ppft::trainer

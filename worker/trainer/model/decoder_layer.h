@@ -1,0 +1,71 @@
+// One Llama decoder layer: RMSNorm, attention with RoPE and grouped-query heads, RMSNorm, SwiGLU MLP; seven linears as four LoraLinear.
+//
+// The residual stream enters as base + delta and leaves the same way, so that the addition happens inside the next norm. Shapes: T = tokens, hidden.
+// Thread: one at a time.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "common/model/config.h"
+#include "worker/trainer/kernels/kernels.h"
+#include "worker/trainer/model/activations.h"
+#include "worker/trainer/model/lora_linear.h"
+#include "worker/trainer/model/rope.h"
+#include "worker/trainer/model/stage_model.h"
+
+namespace ppft::trainer {
+
+// What is the same for all layers of one pass over one micro-batch.
+struct LayerPass {
+  const MicrobatchInput& input;
+  const RopeTable& rope;
+  const at::Tensor& position;  // [T] int32
+  Scratch& scratch;
+};
+
+class DecoderLayer {
+ public:
+  DecoderLayer(const model::ModelConfig& config, const StageOptions& options, int64_t layer, const at::TensorOptions& compute, Kernels& kernels);
+
+  // Copies the nine tensors of the layer from the base model.
+  absl::Status Load(const TensorSource& source);
+  LayerSizes sizes() const;
+
+  // saved: T rows. delta may be undefined. Returns the layer's contribution to its residual stream saved.middle: [T, hidden] scratch kBlockOut.
+  at::Tensor Forward(const LayerPass& pass, const at::Tensor& base, const at::Tensor& delta, const LayerActivations& saved);
+  // dhidden: [T, hidden], gradient of the layer's output; becomes the gradient of its input (unspecified unless input_gradient).
+  void Backward(const LayerPass& pass, const LayerActivations& saved, const at::Tensor& dhidden, bool input_gradient);
+
+  // q,k,v; o; gate,up; down.
+  std::vector<LoraLinear*> linears() { return {&qkv_, &o_, &gate_up_, &down_}; }
+  // Each tensor of the layer: a module's index in `linear`, or a norm's weight.
+  struct BaseTensor {
+    std::string name;
+    LoraLinear* linear = nullptr;  // nullptr: a norm
+    size_t module = 0;
+    at::Tensor weight;  // compute dtype, a view
+  };
+  std::vector<BaseTensor> base_tensors();
+
+ private:
+  std::vector<DropoutSequence> DropoutOf(const LayerPass& pass, const LoraLinear& linear) const;
+  at::Tensor DroppedBuffer(const LayerPass& pass, const std::vector<DropoutSequence>& dropout, int64_t rows, int64_t columns) const;
+
+  const model::ModelConfig config_;
+  const LoraOptions lora_;
+  const int64_t layer_;
+  const HeadLayout heads_;
+  Kernels& kernels_;
+  LoraLinear qkv_, o_, gate_up_, down_;
+  at::Tensor input_norm_;   // [hidden]
+  at::Tensor middle_norm_;  // [hidden]
+};
+
+// The base model's tensor of that name in `like`'s shape; INVALID_ARGUMENT names tensor and shapes if they differ.
+absl::Status LoadBaseTensor(const TensorSource& source, const std::string& name, const at::Tensor& into);
+
+}  // namespace ppft::trainer

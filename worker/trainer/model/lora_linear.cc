@@ -1,0 +1,141 @@
+#include "worker/trainer/model/lora_linear.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include <utility>
+
+namespace ppft::trainer {
+namespace {
+
+// sum += alpha * a b, in sum's dtype.
+void AccumulateProduct(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double alpha) {
+  if (sum.scalar_type() == a.scalar_type()) {
+    sum.addmm_(a, b, 1.0, alpha);
+  } else {
+    sum.add_(at::mm(a, b), alpha);
+  }
+}
+
+}  // namespace
+
+LoraLinear::LoraLinear(int64_t in, int r, double scale, std::vector<LoraModule> modules, const at::TensorOptions& compute, Kernels& kernels)
+    : in_(in), r_(r), scale_(scale), kernels_(kernels), modules_(std::move(modules)) {
+  for (const LoraModule& module : modules_) {
+    out_ += module.out;
+    if (module.adapted) lora_columns_ += r_;
+  }
+  weight_ = at::zeros({out_, in_ + lora_columns_}, compute);
+}
+
+at::Tensor LoraLinear::base_weight(size_t module) const {
+  int64_t row = 0;
+  for (size_t m = 0; m < module; ++m) row += modules_[m].out;
+  return weight_.narrow(0, row, modules_[module].out).narrow(1, 0, in_);
+}
+
+at::Tensor LoraLinear::Merged(size_t module, const at::Tensor& base) const {
+  const LoraModule& m = modules_[module];
+  const at::ScalarType acc = base.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  at::Tensor merged = base.to(acc, /*non_blocking=*/false, /*copy=*/true);
+  if (m.adapted) merged.addmm_(m.b.to(acc), m.a.to(acc), 1.0, scale_);
+  return merged;
+}
+
+int64_t LoraLinear::parameter_count() const {
+  int64_t count = lora_columns_ * in_;
+  for (const LoraModule& m : modules_) count += m.adapted ? m.out * r_ : 0;
+  return count;
+}
+
+void LoraLinear::Bind(const at::Tensor& master, const at::Tensor& gradient) {
+  a_master_ = master.narrow(0, 0, lora_columns_ * in_).view({lora_columns_, in_});
+  a_gradient_ = gradient.narrow(0, 0, lora_columns_ * in_).view({lora_columns_, in_});
+  a_ = master.scalar_type() == weight_.scalar_type() ? a_master_ : at::zeros({lora_columns_, in_}, weight_.options());
+  int64_t row = 0;
+  int64_t offset = lora_columns_ * in_;
+  for (LoraModule& m : modules_) {
+    if (!m.adapted) continue;
+    m.a = a_master_.narrow(0, row, r_);
+    m.a_gradient = a_gradient_.narrow(0, row, r_);
+    m.b = master.narrow(0, offset, m.out * r_).view({m.out, r_});
+    m.b_gradient = gradient.narrow(0, offset, m.out * r_).view({m.out, r_});
+    row += r_;
+    offset += m.out * r_;
+  }
+}
+
+void LoraLinear::AdapterChanged() {
+  if (lora_columns_ == 0) return;
+  if (!a_.is_same(a_master_)) a_.copy_(a_master_);
+  int64_t row = 0;
+  int64_t column = in_;
+  for (const LoraModule& m : modules_) {
+    if (m.adapted) {
+      weight_.narrow(0, row, m.out).narrow(1, column, r_).copy_(m.b * scale_);
+      column += r_;
+    }
+    row += m.out;
+  }
+}
+
+void LoraLinear::Forward(const at::Tensor& x, const at::Tensor& y, const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped) {
+  if (lora_columns_ > 0) {
+    const at::Tensor input = x.narrow(1, 0, in_);
+    if (dropout.empty()) {
+      at::Tensor lora = x.narrow(1, in_, lora_columns_);
+      at::mm_out(lora, input, a_.t());
+    } else {
+      int64_t column = 0;
+      for (size_t i = 0; i < modules_.size(); ++i) {
+        if (!modules_[i].adapted) continue;
+        kernels_.Dropout(input, dropout[i], dropped);
+        at::Tensor lora = x.narrow(1, in_ + column, r_);
+        at::mm_out(lora, dropped, a_.narrow(0, column, r_).t());
+        column += r_;
+      }
+    }
+  }
+  at::Tensor result = y;
+  at::mm_out(result, x, weight_.t());
+}
+
+void LoraLinear::Backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora, const at::Tensor& dx, bool input_gradient,
+                          const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped) {
+  at::Tensor dlora = dx.narrow(1, in_, lora_columns_);
+  if (input_gradient) {
+    at::Tensor both = dx;
+    at::mm_out(both, dy, weight_);
+  } else if (lora_columns_ > 0) {
+    at::mm_out(dlora, dy, weight_.narrow(1, in_, lora_columns_));
+  }
+  if (lora_columns_ == 0) return;
+  const at::Tensor dinput = dx.narrow(1, 0, in_);
+  if (dropout.empty()) {
+    AccumulateProduct(a_gradient_, dlora.t(), x, 1.0);
+    if (input_gradient) dinput.addmm_(dlora, a_);
+  }
+  int64_t row = 0;
+  int64_t column = 0;
+  for (size_t i = 0; i < modules_.size(); ++i) {
+    const LoraModule& m = modules_[i];
+    if (m.adapted) {
+      const at::Tensor dcolumns = dlora.narrow(1, column, r_);
+      if (!dropout.empty()) {
+        kernels_.Dropout(x, dropout[i], dropped);
+        AccumulateProduct(m.a_gradient, dcolumns.t(), dropped, 1.0);
+        if (input_gradient) {
+          at::Tensor ddropped = dropped;
+          at::mm_out(ddropped, dcolumns, a_.narrow(0, column, r_));
+          kernels_.DropoutBackward(ddropped, dropout[i], dinput);
+        }
+      }
+      AccumulateProduct(m.b_gradient, dy.narrow(1, row, m.out).t(), lora.narrow(1, column, r_), scale_);
+      column += r_;
+    }
+    row += m.out;
+  }
+}
+
+}  // namespace ppft::trainer

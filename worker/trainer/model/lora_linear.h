@@ -1,0 +1,72 @@
+// A frozen linear layer with LoRA (2106.09685): one or more modules that read the same input, stacked by output (q,k,v; gate,up; o; down).
+//
+// Augmented weight: the stored matrix is [W | s B], the scaled B of each adapted module in its own r columns (block-diagonal over the stack). With x A^T
+// written into r extra columns per adapted module of the input, y = [x | x A^T] [W | s B]^T is one product, and dy [W | s B] gives the gradients
+// of x (base part) and of x A^T together.
+//
+// Shapes: T = tokens, in, out = sum over the stack, R = lora_columns() = r * adapted modules. Thread: one at a time.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "worker/trainer/kernels/kernels.h"
+
+namespace ppft::trainer {
+
+// One module of the stack.
+struct LoraModule {
+  std::string name;  // "model.layers.3.self_attn.q_proj"
+  int index = 0;     // of model::TargetModules()
+  int64_t out = 0;
+  bool adapted = false;
+  // Views into the stage's flat buffers, acc dtype; set by Bind. A: [r, in], B: [out, r].
+  at::Tensor a, b, a_gradient, b_gradient;
+};
+
+class LoraLinear {
+ public:
+  LoraLinear(int64_t in, int r, double scale, std::vector<LoraModule> modules, const at::TensorOptions& compute, Kernels& kernels);
+
+  int64_t in() const { return in_; }
+  int64_t out() const { return out_; }
+  int64_t lora_columns() const { return lora_columns_; }
+  const std::vector<LoraModule>& modules() const { return modules_; }
+
+  // The base weight of a module: view [out, in] into the stored matrix.
+  at::Tensor base_weight(size_t module) const;
+  // W + s B A in fp32 (acc) from a given base weight.
+  at::Tensor Merged(size_t module, const at::Tensor& base) const;
+
+  int64_t parameter_count() const;
+  // Places the adapters in `master` and `gradient` (flat, parameter_count() long): all A of the stack side by side, then the B one after another.
+  void Bind(const at::Tensor& master, const at::Tensor& gradient);
+  // Refreshes the compute copies after the masters changed.
+  void AdapterChanged();
+
+  // x: rows [T, in + R], the input in the first `in` columns; fills the other R. y: rows [T, out].
+  // dropout: one sequence per module of the stack, or empty for none.
+  void Forward(const at::Tensor& x, const at::Tensor& y, const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped);
+  // dy: rows [T, out]; x: rows [T, in]; lora: rows [T, R] as Forward filled them (both unused without adapted modules).
+  // dx: rows [T, in + R]: the input's gradient in the first `in` columns (left unwritten unless input_gradient). Adds to the adapters' gradients.
+  // dropped: rows [T, in], room for one dropped input; needed with dropout alone.
+  void Backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora, const at::Tensor& dx, bool input_gradient,
+                const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped);
+
+ private:
+  const int64_t in_;
+  const int64_t r_;
+  const double scale_;
+  Kernels& kernels_;
+  std::vector<LoraModule> modules_;
+  int64_t out_ = 0;
+  int64_t lora_columns_ = 0;
+  at::Tensor weight_;    // [out, in + R]
+  at::Tensor a_master_;  // [R, in] acc
+  at::Tensor a_gradient_;
+  at::Tensor a_;  // [R, in] compute; the master itself if the types agree
+};
+
+}  // namespace ppft::trainer

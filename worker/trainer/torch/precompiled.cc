@@ -1,1 +1,0 @@
-#include "worker/trainer/torch/torch_status.h"
