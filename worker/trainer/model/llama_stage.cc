@@ -64,6 +64,7 @@ class LlamaStage final : public StageModel {
   void AdapterChanged() override;
   void ZeroGradients() override { gradients_.zero_(); }
   absl::Status ForEachMerged(at::ScalarType dtype, const std::function<absl::Status(const std::string& name, const at::Tensor& tensor)>& visit) override;
+  std::vector<model::ExpectedTensor> merged_tensors() const override;
   int64_t activation_bytes() const override { return pool_->kept_bytes(); }
 
  private:
@@ -292,6 +293,20 @@ absl::Status LlamaStage::ForEachMerged(at::ScalarType dtype, const std::function
     }
     return absl::OkStatus();
   });
+}
+
+std::vector<model::ExpectedTensor> LlamaStage::merged_tensors() const {
+  std::vector<model::ExpectedTensor> tensors;
+  const std::vector<int64_t> vocabulary = {config_.vocab_size, config_.hidden_size};
+  if (options_.has_embedding) tensors.push_back({model::kEmbeddingName, vocabulary});
+  for (const auto& layer : layers_) {
+    for (const DecoderLayer::BaseTensor& tensor : layer->base_tensors()) tensors.push_back({tensor.name, tensor.weight.sizes().vec()});
+  }
+  if (options_.has_head) {
+    tensors.push_back({model::kFinalNormName, {config_.hidden_size}});
+    if (!config_.tie_word_embeddings) tensors.push_back({model::kHeadName, vocabulary});
+  }
+  return tensors;
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "common/model/config.h"
+#include "common/model/inventory.h"
 
 namespace ppft::trainer {
 
@@ -39,7 +40,8 @@ struct StageOptions {
   int64_t head_chunk_rows = 256;  // rows of logits at a time: they have to stay in cache
 };
 
-// The raw tensor of that name from the base model (as on disk: fp32, bf16 or fp16); NOT_FOUND if it is not there.
+// The raw tensor of that name from the base model (as on disk: fp32, bf16 or fp16); NOT_FOUND if it is not there. A stage keeps its source: a merge of a
+// model computed in bf16 or fp16 reads the original weights again.
 using TensorSource = std::function<absl::StatusOr<at::Tensor>(const std::string& name)>;
 
 // The inputs of one micro-batch. All on the host; the stage moves what it needs.
@@ -84,6 +86,9 @@ class StageModel {
 
   // The base model's own tensors in HF names with the adapter merged in: W + scale * B A in fp32, then cast to `dtype`. One call per tensor of this stage.
   virtual absl::Status ForEachMerged(at::ScalarType dtype, const std::function<absl::Status(const std::string& name, const at::Tensor& tensor)>& visit) = 0;
+
+  // Names and shapes of those calls, in their order.
+  virtual std::vector<model::ExpectedTensor> merged_tensors() const = 0;
 
   virtual int64_t activation_bytes() const = 0;  // held now for backward
 };
