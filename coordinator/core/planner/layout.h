@@ -1,0 +1,51 @@
+// How one replica of a job is cut: stages, schedule, programs and bytes per pipeline rank, before any device is chosen. PURE.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "common/model/config.h"
+#include "common/pipeline/action.h"
+#include "common/pipeline/schedule.h"
+#include "common/pipeline/simulator.h"
+#include "ppft/v1/job.pb.h"
+#include "ppft/v1/plan.pb.h"
+#include "ppft/v1/spec.pb.h"
+
+namespace ppft::coordinator {
+
+struct Layout {
+  int data_parallel_size = 1;
+  int pipeline_size = 1;
+  int virtual_stages = 1;
+  pipeline::ScheduleKind schedule = pipeline::ScheduleKind::k1F1B;
+  int num_microbatches = 1;       // per step and replica
+  std::string compute;            // fp32 | bf16 | fp16
+  int64_t microbatch_tokens = 0;  // capacity
+  std::vector<v1::StagePlan> stages;
+  std::vector<pipeline::Program> programs;  // per pipeline rank, with transfers
+  pipeline::Simulation simulation;          // with the stages' FLOPs as costs
+  std::vector<int64_t> peak_bytes;          // per pipeline rank, estimate
+  double imbalance = 1;                     // costliest stage over the mean
+  double head_layers = 0;                   // the head's cost in layers
+
+  int num_ranks() const { return data_parallel_size * pipeline_size; }
+  int64_t largest_rank_bytes() const;
+};
+
+// What in `spec` contradicts itself or the model, whatever the devices: more stages than layers, layers_per_stage that do not add up, too few
+// micro-batches for the schedule, a global batch that does not divide. All at once, with field and remedy. Empty: some layout exists.
+std::vector<v1::Violation> CheckLayout(const v1::JobSpec& spec, const model::ModelConfig& config);
+
+// Pipeline sizes that `spec` allows, ascending: the one that it names, or, for auto, those up to `max_size` (at least one).
+std::vector<int> PipelineSizes(const v1::JobSpec& spec, const model::ModelConfig& config, int max_size);
+
+// The layout for one pipeline size on devices of `kind` (cpu | cuda). `supervised_ratio`: share of the tokens whose loss is taken, (0, 1]; only
+// those reach the head. INVALID_ARGUMENT when that size is impossible (see CheckLayout).
+absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, absl::string_view kind,
+                                  double supervised_ratio);
+
+}  // namespace ppft::coordinator

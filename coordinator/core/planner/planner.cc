@@ -1,0 +1,284 @@
+#include "coordinator/core/planner/planner.h"
+
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "common/base/status.h"
+#include "common/pipeline/mesh.h"
+#include "coordinator/core/planner/memory.h"
+
+namespace ppft::coordinator {
+namespace {
+
+std::vector<PlanDevice> OfKind(const std::vector<PlanDevice>& devices, absl::string_view kind) {
+  std::vector<PlanDevice> matching;
+  std::copy_if(devices.begin(), devices.end(), std::back_inserter(matching), [&](const PlanDevice& device) { return device.kind == kind; });
+  return matching;
+}
+
+// Those on which a rank of that size fits.
+std::vector<PlanDevice> WithMemory(const std::vector<PlanDevice>& devices, int64_t bytes) {
+  std::vector<PlanDevice> enough;
+  std::copy_if(devices.begin(), devices.end(), std::back_inserter(enough),
+               [&](const PlanDevice& device) { return device.memory_bytes == 0 || device.memory_bytes >= bytes; });
+  return enough;
+}
+
+int64_t LargestMemory(const std::vector<PlanDevice>& devices) {
+  int64_t largest = 0;
+  for (const PlanDevice& device : devices) largest = std::max(largest, device.memory_bytes);
+  return largest;
+}
+
+// The smallest allowed pipeline whose ranks find room; the smallest of all when none does.
+absl::StatusOr<Layout> ChooseLayout(const PlanRequest& request, absl::string_view kind, const std::vector<PlanDevice>& devices) {
+  const int replicas = std::max(1, request.spec.parallel().data_parallel_size());
+  const int most = static_cast<int>(devices.size()) / replicas;
+  const std::vector<int> sizes = PipelineSizes(request.spec, request.config, most);
+  PPFT_ASSIGN_OR_RETURN(Layout smallest, MakeLayout(request.spec, request.config, sizes.front(), kind, request.supervised_ratio));
+  if (sizes.size() == 1) return smallest;
+  for (int size : sizes) {
+    PPFT_ASSIGN_OR_RETURN(Layout layout, MakeLayout(request.spec, request.config, size, kind, request.supervised_ratio));
+    if (static_cast<int>(WithMemory(devices, layout.largest_rank_bytes()).size()) >= layout.num_ranks()) return layout;
+  }
+  return smallest;
+}
+
+// What to change so that a rank fits into `limit`: single settings, or, when none suffices, the mildest combination.
+class Remedies {
+ public:
+  Remedies(const PlanRequest& request, const Layout& layout, absl::string_view kind, int64_t limit)
+      : request_(request), layout_(layout), kind_(kind), limit_(limit) {}
+
+  std::vector<std::string> Find() {
+    const int size = layout_.pipeline_size;
+    const bool gpipe = layout_.schedule == pipeline::ScheduleKind::kGPipe;
+    std::vector<std::string> found;
+    if (const int microbatch = LargestMicrobatch(request_.spec, size); microbatch > 0) found.push_back(MicrobatchText(microbatch));
+    if (const int larger = SmallestPipeline(request_.spec); larger > 0) found.push_back(PipelineText(larger));
+    if (gpipe && Fits(With1F1B(request_.spec), size)) found.push_back(kScheduleText);
+    const int half = request_.spec.data().sequence_len() / 2;
+    if (half >= 8 && Fits(WithSequence(half), size)) found.push_back(absl::StrCat("data.sequence_len: ", half));
+    if (!found.empty()) return found;
+
+    const v1::JobSpec milder = gpipe ? With1F1B(request_.spec) : request_.spec;
+    const std::string also = gpipe ? absl::StrCat(kScheduleText, " with ") : "";
+    if (const int microbatch = LargestMicrobatch(milder, size); microbatch > 0) return {absl::StrCat(also, MicrobatchText(microbatch))};
+    const v1::JobSpec smallest = WithMicrobatch(milder, 1);
+    if (const int larger = SmallestPipeline(smallest); larger > 0) return {absl::StrCat(also, MicrobatchText(1), " and ", PipelineText(larger))};
+    return {};
+  }
+
+ private:
+  static constexpr char kScheduleText[] = "parallel.schedule: 1f1b";
+  static std::string MicrobatchText(int size) { return absl::StrCat("training.micro_batch_size: ", size); }
+  static std::string PipelineText(int size) { return absl::StrCat("parallel.pipeline_parallel_size: ", size); }
+
+  bool Fits(const v1::JobSpec& spec, int pipeline_size) const {
+    absl::StatusOr<Layout> other = MakeLayout(spec, request_.config, pipeline_size, kind_, request_.supervised_ratio);
+    return other.ok() && other->largest_rank_bytes() <= limit_;
+  }
+  static v1::JobSpec With1F1B(v1::JobSpec spec) {
+    spec.mutable_parallel()->set_schedule("1f1b");
+    return spec;
+  }
+  static v1::JobSpec WithMicrobatch(v1::JobSpec spec, int size) {
+    spec.mutable_training()->set_micro_batch_size(size);
+    return spec;
+  }
+  v1::JobSpec WithSequence(int length) const {
+    v1::JobSpec spec = request_.spec;
+    spec.mutable_data()->set_sequence_len(length);
+    return spec;
+  }
+
+  // Below the present one, by halves; 0 if none fits.
+  int LargestMicrobatch(const v1::JobSpec& spec, int pipeline_size) const {
+    for (int size = spec.training().micro_batch_size() / 2; size >= 1; size /= 2) {
+      if (Fits(WithMicrobatch(spec, size), pipeline_size)) return size;
+    }
+    return 0;
+  }
+  // Above the present one; 0 if none fits.
+  int SmallestPipeline(v1::JobSpec spec) const {
+    spec.mutable_parallel()->clear_layers_per_stage();
+    for (int size = layout_.pipeline_size + 1; size * layout_.virtual_stages <= request_.config.num_layers; ++size) {
+      if (Fits(spec, size)) return size;
+    }
+    return 0;
+  }
+
+  const PlanRequest& request_;
+  const Layout& layout_;
+  const absl::string_view kind_;
+  const int64_t limit_;
+};
+
+absl::Status OutOfMemory(const PlanRequest& request, const Layout& layout, absl::string_view kind, const std::vector<PlanDevice>& devices) {
+  const int64_t limit = LargestMemory(devices);
+  const int worst = static_cast<int>(std::max_element(layout.peak_bytes.begin(), layout.peak_bytes.end()) - layout.peak_bytes.begin());
+  const std::vector<std::string> settings = Remedies(request, layout, kind, limit).Find();
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "pipeline rank ", worst, " needs about ", FormatBytes(layout.largest_rank_bytes()), ", but the largest free ", kind, " device has ", FormatBytes(limit),
+      ": ", settings.empty() ? "use devices with more memory or a smaller model" : absl::StrCat("it would fit with ", absl::StrJoin(settings, ", or "))));
+}
+
+std::string Explain(const Layout& layout, const std::vector<PlanDevice>& chosen, const v1::JobSpec& spec) {
+  std::vector<int> layers;
+  for (const v1::StagePlan& stage : layout.stages) layers.push_back(stage.num_layers());
+  std::string text = layers.size() == 1 ? absl::StrCat("1 stage with all ", layers[0], " layers")
+                                        : absl::StrCat(layers.size(), " stages of ", absl::StrJoin(layers, ", "), " layers");
+  if (layers.size() > 1) {
+    absl::StrAppend(&text, spec.parallel().layers_per_stage_size() > 0 ? " as asked" : " balanced by cost",
+                    absl::StrFormat(" (the head counts as %.1f layers; the costliest stage is %.2f x the mean)", layout.head_layers, layout.imbalance));
+  }
+  if (layout.data_parallel_size > 1) absl::StrAppend(&text, ", ", layout.data_parallel_size, " replicas");
+  absl::StrAppend(&text, ", ", ToString(layout.schedule), " over ", layout.num_microbatches, " micro-batches of ", layout.microbatch_tokens, " tokens in ",
+                  layout.compute, absl::StrFormat(", predicted bubble %.1f %%", 100 * layout.simulation.bubble_ratio), "; a rank needs up to ",
+                  FormatBytes(layout.largest_rank_bytes()));
+  if (!chosen.empty()) {
+    std::set<std::string> workers;
+    for (const PlanDevice& device : chosen) workers.insert(device.worker);
+    absl::StrAppend(&text, workers.size() == 1 ? ", all on worker " : ", on workers ", absl::StrJoin(workers, ", "));
+  }
+  return text;
+}
+
+// `chosen` in rank order, or empty.
+v1::Plan FillPlan(const PlanRequest& request, const Layout& layout, const std::vector<PlanDevice>& chosen) {
+  v1::Plan plan;
+  plan.set_data_parallel_size(layout.data_parallel_size);
+  plan.set_pipeline_parallel_size(layout.pipeline_size);
+  plan.set_virtual_stages(layout.virtual_stages);
+  plan.set_schedule(ToString(layout.schedule));
+  plan.set_num_microbatches(layout.num_microbatches);
+  plan.set_zero_stage(request.spec.parallel().zero_stage());
+  plan.set_compute(layout.compute);
+  plan.set_total_steps(request.total_steps);
+  plan.set_microbatch_tokens(layout.microbatch_tokens);
+  plan.set_predicted_bubble_ratio(layout.simulation.bubble_ratio);
+  plan.set_explanation(Explain(layout, chosen, request.spec));
+  for (const v1::StagePlan& stage : layout.stages) *plan.add_stages() = stage;
+  const pipeline::Mesh mesh{layout.data_parallel_size, layout.pipeline_size, layout.virtual_stages};
+  for (int rank = 0; rank < mesh.num_ranks(); ++rank) {
+    const int pipeline_rank = mesh.PipelineRankOf(rank);
+    v1::RankPlan& out = *plan.add_ranks();
+    out.set_rank(rank);
+    out.set_replica(mesh.ReplicaOf(rank));
+    out.set_pipeline_rank(pipeline_rank);
+    for (int stage : mesh.StagesOf(rank)) out.add_stages(stage);
+    out.set_program(FormatProgram(layout.programs[pipeline_rank]));
+    out.set_peak_activations(layout.simulation.peak_activations[pipeline_rank]);
+    out.set_peak_bytes(layout.peak_bytes[pipeline_rank]);
+    if (chosen.empty()) continue;
+    out.set_worker(chosen[rank].worker);
+    out.set_device(chosen[rank].id);
+    const int threads = std::max(1, chosen[rank].threads);
+    plan.set_threads_per_rank(rank == 0 ? threads : std::min(plan.threads_per_rank(), threads));
+  }
+  return plan;
+}
+
+absl::StatusOr<PlanDraft> DraftOn(const PlanRequest& request, absl::string_view kind) {
+  const std::vector<PlanDevice> devices = OfKind(request.devices, kind);
+  PPFT_ASSIGN_OR_RETURN(const Layout layout, ChooseLayout(request, kind, devices));
+  PlanDraft draft;
+  draft.devices_needed = layout.num_ranks();
+  draft.devices_present = static_cast<int>(devices.size());
+  std::vector<PlanDevice> chosen;
+  if (draft.devices_present < draft.devices_needed) {
+    draft.fit = absl::UnavailableError(absl::StrCat("the job needs ", draft.devices_needed, draft.devices_needed == 1 ? " device" : " devices",
+                                                    " (data_parallel_size ", layout.data_parallel_size, " x pipeline_parallel_size ", layout.pipeline_size,
+                                                    "), ", draft.devices_present, " ", draft.devices_present == 1 ? "is" : "are", " free: it waits for more"));
+  } else {
+    chosen = ChooseDevices(WithMemory(devices, layout.largest_rank_bytes()), layout.data_parallel_size, layout.pipeline_size);
+    if (chosen.empty()) draft.fit = OutOfMemory(request, layout, kind, devices);
+  }
+  draft.plan = FillPlan(request, layout, chosen);
+  return draft;
+}
+
+absl::Status Broken(absl::string_view what) { return absl::FailedPreconditionError(absl::StrCat("the plan cannot be executed: ", what)); }
+
+absl::Status CheckStages(const v1::Plan& plan, const pipeline::Mesh& mesh, int64_t num_layers) {
+  if (plan.stages_size() != mesh.num_stages()) return Broken(absl::StrCat(plan.stages_size(), " stages are listed, the mesh has ", mesh.num_stages()));
+  int64_t next_layer = 0;
+  for (int s = 0; s < plan.stages_size(); ++s) {
+    const v1::StagePlan& stage = plan.stages(s);
+    if (stage.stage() != s || stage.first_layer() != next_layer || stage.num_layers() < 1)
+      return Broken(absl::StrCat("stage ", s, " does not follow the one before it"));
+    if (stage.has_embedding() != (s == 0) || stage.has_head() != (s + 1 == plan.stages_size()))
+      return Broken(absl::StrCat("stage ", s, " has the wrong ends of the model"));
+    next_layer += stage.num_layers();
+  }
+  if (next_layer != num_layers) return Broken(absl::StrCat("the stages hold ", next_layer, " of ", num_layers, " layers"));
+  return absl::OkStatus();
+}
+
+absl::Status CheckRanks(const v1::Plan& plan, const pipeline::Mesh& mesh) {
+  if (plan.ranks_size() != mesh.num_ranks()) return Broken(absl::StrCat(plan.ranks_size(), " ranks are listed, the mesh has ", mesh.num_ranks()));
+  std::set<std::pair<std::string, std::string>> devices;
+  for (int r = 0; r < plan.ranks_size(); ++r) {
+    const v1::RankPlan& rank = plan.ranks(r);
+    const std::vector<int> stages(rank.stages().begin(), rank.stages().end());
+    if (rank.rank() != r || rank.replica() != mesh.ReplicaOf(r) || rank.pipeline_rank() != mesh.PipelineRankOf(r) || stages != mesh.StagesOf(r)) {
+      return Broken(absl::StrCat("rank ", r, " is not at its place in the mesh"));
+    }
+    if (rank.worker().empty() || rank.device().empty()) return Broken(absl::StrCat("rank ", r, " has no device"));
+    if (!devices.emplace(rank.worker(), rank.device()).second) return Broken(absl::StrCat("two ranks share ", rank.device(), " of worker ", rank.worker()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DryRun(const v1::Plan& plan, const pipeline::Mesh& mesh, int replica) {
+  std::vector<pipeline::Program> programs;
+  for (int rank : mesh.PipelineOf(replica)) {
+    absl::StatusOr<pipeline::Program> program = pipeline::ParseProgram(plan.ranks(rank).program());
+    if (!program.ok()) return Broken(absl::StrCat("rank ", rank, ": ", program.status().message()));
+    programs.push_back(*std::move(program));
+  }
+  absl::StatusOr<pipeline::Simulation> run = pipeline::Simulate(programs, {mesh.num_stages(), plan.num_microbatches()}, pipeline::RendezvousOptions());
+  if (!run.ok()) return Broken(absl::StrCat("replica ", replica, ": ", run.status().message()));
+  for (int p = 0; p < mesh.pipeline_size; ++p) {
+    const int stated = plan.ranks(mesh.RankOf(replica, p)).peak_activations();
+    if (stated != run->peak_activations[p]) {
+      return Broken(absl::StrCat("rank ", mesh.RankOf(replica, p), " would hold ", run->peak_activations[p], " activations, the plan states ", stated));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<PlanDraft> DraftPlan(const PlanRequest& request) {
+  if (!(request.supervised_ratio > 0 && request.supervised_ratio <= 1)) {
+    return absl::InvalidArgumentError(absl::StrCat("supervised_ratio (", request.supervised_ratio, ") must be above 0 and at most 1"));
+  }
+  if (OfKind(request.devices, "cuda").empty()) return DraftOn(request, "cpu");
+  PPFT_ASSIGN_OR_RETURN(PlanDraft cuda, DraftOn(request, "cuda"));
+  if (cuda.fit.ok() || OfKind(request.devices, "cpu").empty()) return cuda;
+  PPFT_ASSIGN_OR_RETURN(PlanDraft cpu, DraftOn(request, "cpu"));
+  return cpu.fit.ok() ? cpu : cuda;
+}
+
+absl::StatusOr<v1::Plan> PlanJob(const PlanRequest& request) {
+  PPFT_ASSIGN_OR_RETURN(PlanDraft draft, DraftPlan(request));
+  PPFT_RETURN_IF_ERROR(draft.fit);
+  PPFT_RETURN_IF_ERROR(CheckPlan(draft.plan, request.config.num_layers));
+  return std::move(draft.plan);
+}
+
+absl::Status CheckPlan(const v1::Plan& plan, int64_t num_layers) {
+  const pipeline::Mesh mesh{plan.data_parallel_size(), plan.pipeline_parallel_size(), plan.virtual_stages()};
+  if (mesh.data_parallel_size < 1 || mesh.pipeline_size < 1 || mesh.virtual_stages < 1) return Broken("a size of the mesh is below 1");
+  PPFT_RETURN_IF_ERROR(CheckStages(plan, mesh, num_layers));
+  PPFT_RETURN_IF_ERROR(CheckRanks(plan, mesh));
+  for (int replica = 0; replica < mesh.data_parallel_size; ++replica) PPFT_RETURN_IF_ERROR(DryRun(plan, mesh, replica));
+  return absl::OkStatus();
+}
+
+}  // namespace ppft::coordinator

@@ -1,0 +1,438 @@
+#include "coordinator/core/planner/planner.h"
+
+#include <algorithm>
+#include <functional>
+
+#include "absl/strings/str_cat.h"
+#include "common/model/inventory.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace ppft::coordinator {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+constexpr int64_t kGiB = int64_t{1} << 30;
+
+model::ModelConfig Tiny() {  // the sizes of stories260K
+  model::ModelConfig config;
+  config.hidden_size = 64;
+  config.intermediate_size = 172;
+  config.num_layers = 5;
+  config.num_attention_heads = 8;
+  config.num_key_value_heads = 4;
+  config.head_dim = 8;
+  config.vocab_size = 512;
+  config.max_position_embeddings = 512;
+  config.tie_word_embeddings = true;
+  return config;
+}
+
+model::ModelConfig Llama1B() {
+  model::ModelConfig config;
+  config.hidden_size = 2048;
+  config.intermediate_size = 8192;
+  config.num_layers = 16;
+  config.num_attention_heads = 32;
+  config.num_key_value_heads = 8;
+  config.head_dim = 64;
+  config.vocab_size = 128256;
+  config.max_position_embeddings = 131072;
+  config.tie_word_embeddings = true;
+  return config;
+}
+
+v1::JobSpec Spec() {
+  v1::JobSpec spec;
+  spec.mutable_adapter()->set_r(8);
+  for (const std::string& module : model::TargetModules()) spec.mutable_adapter()->add_target_modules(module);
+  spec.mutable_data()->set_sequence_len(64);
+  spec.mutable_training()->set_micro_batch_size(4);
+  spec.mutable_training()->set_gradient_accumulation_steps(8);
+  spec.mutable_precision()->set_compute("auto");
+  spec.mutable_parallel()->set_schedule("auto");
+  spec.mutable_parallel()->set_virtual_stages(1);
+  spec.mutable_parallel()->set_zero_stage(1);
+  return spec;
+}
+
+std::vector<PlanDevice> Workers(const std::vector<int>& slots, const std::string& kind = "cpu", int64_t memory = 8 * kGiB) {
+  std::vector<PlanDevice> devices;
+  for (size_t w = 0; w < slots.size(); ++w) {
+    for (int d = 0; d < slots[w]; ++d) devices.push_back({absl::StrCat("worker-", w), absl::StrCat(kind, ":", d), kind, memory, 2});
+  }
+  return devices;
+}
+
+PlanRequest Request(const std::function<void(v1::JobSpec&)>& change = [](v1::JobSpec&) {}) {
+  PlanRequest request{Spec(), Tiny(), 100, Workers({1, 1, 1, 1})};
+  change(request.spec);
+  return request;
+}
+
+std::vector<int> LayersOf(const v1::Plan& plan) {
+  std::vector<int> layers;
+  for (const v1::StagePlan& stage : plan.stages()) layers.push_back(stage.num_layers());
+  return layers;
+}
+
+std::vector<std::string> PlacesOf(const v1::Plan& plan) {
+  std::vector<std::string> places;
+  for (const v1::RankPlan& rank : plan.ranks()) places.push_back(absl::StrCat(rank.worker(), "/", rank.device()));
+  return places;
+}
+
+std::string ErrorOf(const PlanRequest& request) { return std::string(PlanJob(request).status().message()); }
+
+TEST(PlannerTest, AutoOnCpuIsOneStage) {
+  absl::StatusOr<v1::Plan> plan = PlanJob(Request());
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->pipeline_parallel_size(), 1);
+  EXPECT_EQ(plan->data_parallel_size(), 1);
+  EXPECT_EQ(plan->schedule(), "1f1b");
+  EXPECT_EQ(plan->compute(), "fp32");
+  EXPECT_EQ(plan->num_microbatches(), 8);
+  EXPECT_EQ(plan->microbatch_tokens(), 256);
+  EXPECT_EQ(plan->total_steps(), 100);
+  EXPECT_EQ(plan->threads_per_rank(), 2);
+  EXPECT_EQ(plan->predicted_bubble_ratio(), 0);
+  EXPECT_EQ(plan->ranks(0).program().substr(0, 16), "0F0 0B0 0F1 0B1 ");
+  EXPECT_THAT(plan->explanation(), HasSubstr("1 stage with all 5 layers"));
+}
+
+TEST(PlannerTest, TwoStagesOverTwoWorkers) {
+  const PlanRequest request = Request([](v1::JobSpec& spec) { spec.mutable_parallel()->set_pipeline_parallel_size(2); });
+  absl::StatusOr<v1::Plan> plan = PlanJob(request);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_THAT(LayersOf(*plan), ElementsAre(3, 2));
+  EXPECT_THAT(PlacesOf(*plan), ElementsAre("worker-0/cpu:0", "worker-1/cpu:0"));
+  EXPECT_TRUE(plan->stages(0).has_embedding() && !plan->stages(0).has_head());
+  EXPECT_TRUE(!plan->stages(1).has_embedding() && plan->stages(1).has_head());
+  EXPECT_EQ(plan->stages(1).first_layer(), 3);
+  EXPECT_EQ(plan->ranks(0).peak_activations(), 2);
+  EXPECT_EQ(plan->ranks(1).peak_activations(), 1);
+  EXPECT_GT(plan->predicted_bubble_ratio(), 0.1);
+  EXPECT_LT(plan->predicted_bubble_ratio(), 0.3);
+  EXPECT_EQ(plan->ranks(0).program().substr(0, 12), "0F0 0SEND_F0");
+  for (const v1::StagePlan& stage : plan->stages()) {
+    EXPECT_GT(stage.forward_cost(), 0);
+    EXPECT_GT(stage.backward_cost(), 0);
+    EXPECT_GT(stage.weight_bytes(), 0);
+    EXPECT_GT(stage.adapter_bytes(), 0);
+    EXPECT_GT(stage.activation_bytes(), 0);
+  }
+  EXPECT_EQ(PlanJob(request)->SerializeAsString(), plan->SerializeAsString());
+}
+
+TEST(PlannerTest, EveryLayoutOfTheMeshIsWhole) {
+  for (int dp : {1, 2}) {
+    for (int pp = 1; pp <= 4; ++pp) {
+      for (const char* schedule : {"gpipe", "1f1b", "interleaved_1f1b", "auto"}) {
+        const int v = schedule == std::string("interleaved_1f1b") ? 2 : 1;
+        if (pp * v > 5) continue;
+        PlanRequest request = Request([&](v1::JobSpec& spec) {
+          spec.mutable_parallel()->set_data_parallel_size(dp);
+          spec.mutable_parallel()->set_pipeline_parallel_size(pp);
+          spec.mutable_parallel()->set_virtual_stages(v);
+          spec.mutable_parallel()->set_schedule(schedule);
+        });
+        request.devices = Workers({3, 3, 2});
+        absl::StatusOr<v1::Plan> plan = PlanJob(request);
+        ASSERT_TRUE(plan.ok()) << dp << "x" << pp << " " << schedule << ": " << plan.status();
+        EXPECT_EQ(plan->ranks_size(), dp * pp);
+        EXPECT_EQ(plan->stages_size(), pp * v);
+        EXPECT_TRUE(CheckPlan(*plan, 5).ok());
+      }
+    }
+  }
+}
+
+TEST(PlannerTest, TheHeadCountsInThePartition) {
+  PlanRequest request{Spec(), Llama1B(), 10, Workers({4}, "cuda", 140 * kGiB)};
+  request.spec.mutable_data()->set_sequence_len(2048);
+  request.spec.mutable_parallel()->set_pipeline_parallel_size(4);
+  absl::StatusOr<v1::Plan> plan = PlanJob(request);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_THAT(LayersOf(*plan), ElementsAre(5, 5, 5, 1));
+  EXPECT_EQ(plan->compute(), "bf16");
+  // Where only a few rows reach the head, it weighs less.
+  request.supervised_ratio = 0.1;
+  EXPECT_THAT(LayersOf(*PlanJob(request)), ElementsAre(4, 4, 4, 4));
+  request.supervised_ratio = 0;
+  EXPECT_THAT(ErrorOf(request), HasSubstr("supervised_ratio"));
+}
+
+TEST(PlannerTest, AutoTakesTheSmallestPipelineThatFits) {
+  PlanRequest request{Spec(), Llama1B(), 10, Workers({4}, "cuda", 140 * kGiB)};
+  request.spec.mutable_data()->set_sequence_len(2048);
+  request.spec.mutable_training()->set_micro_batch_size(1);
+  EXPECT_EQ(PlanJob(request)->pipeline_parallel_size(), 1);
+  const int64_t whole = PlanJob(request)->ranks(0).peak_bytes();
+  request.devices = Workers({4}, "cuda", whole - 1);
+  absl::StatusOr<v1::Plan> plan = PlanJob(request);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->pipeline_parallel_size(), 2);
+  for (const v1::RankPlan& rank : plan->ranks()) EXPECT_LT(rank.peak_bytes(), whole);
+}
+
+TEST(PlannerTest, PrefersCudaIfThereAreEnough) {
+  PlanRequest request = Request([](v1::JobSpec& spec) { spec.mutable_parallel()->set_pipeline_parallel_size(2); });
+  request.devices.push_back({"gpu", "cuda:0", "cuda", 80 * kGiB, 0});
+  EXPECT_EQ(PlanJob(request)->compute(), "fp32");
+  request.devices.push_back({"gpu", "cuda:1", "cuda", 80 * kGiB, 0});
+  EXPECT_THAT(PlacesOf(*PlanJob(request)), ElementsAre("gpu/cuda:0", "gpu/cuda:1"));
+}
+
+TEST(PlannerTest, ThreadsAreTheLeastOfTheChosenDevices) {
+  PlanRequest request = Request([](v1::JobSpec& spec) { spec.mutable_parallel()->set_pipeline_parallel_size(2); });
+  request.devices = Workers({1, 1});
+  request.devices[0].threads = 8;
+  request.devices[1].threads = 3;
+  EXPECT_EQ(PlanJob(request)->threads_per_rank(), 3);
+}
+
+TEST(PlannerTest, AutoScheduleFollowsStagesAndMicrobatches) {
+  const auto schedule = [](int pp, int v, int m) {
+    return PlanJob(Request([&](v1::JobSpec& spec) {
+             spec.mutable_parallel()->set_pipeline_parallel_size(pp);
+             spec.mutable_parallel()->set_virtual_stages(v);
+             spec.mutable_training()->set_gradient_accumulation_steps(m);
+           }))
+        ->schedule();
+  };
+  EXPECT_EQ(schedule(4, 1, 4), "1f1b");
+  EXPECT_EQ(schedule(4, 1, 3), "gpipe");
+  EXPECT_EQ(schedule(2, 2, 3), "interleaved_1f1b");
+}
+
+TEST(PlannerTest, GlobalBatchGivesTheMicrobatches) {
+  const auto plan = [](int global, int dp) {
+    return PlanJob(Request([&](v1::JobSpec& spec) {
+      spec.mutable_training()->set_global_batch_size(global);
+      spec.mutable_parallel()->set_data_parallel_size(dp);
+    }));
+  };
+  EXPECT_EQ(plan(48, 1)->num_microbatches(), 12);
+  EXPECT_EQ(plan(48, 2)->num_microbatches(), 6);
+  EXPECT_THAT(std::string(plan(50, 1).status().message()), AllOf(HasSubstr("training.global_batch_size"), HasSubstr("multiple of 4")));
+  EXPECT_THAT(std::string(plan(2, 1).status().message()), HasSubstr("training.global_batch_size"));
+}
+
+TEST(PlannerTest, ContradictionsNameFieldNumbersAndRemedy) {
+  struct Case {
+    const char* what;
+    std::function<void(v1::JobSpec&)> change;
+    std::vector<std::string> words;
+  };
+  const Case cases[] = {
+      {"more stages than layers",
+       [](v1::JobSpec& s) { s.mutable_parallel()->set_pipeline_parallel_size(9); },
+       {"parallel.pipeline_parallel_size: ", "9 stages", "5 layers"}},
+      {"layers do not add up",
+       [](v1::JobSpec& s) {
+         s.mutable_parallel()->set_pipeline_parallel_size(2);
+         s.mutable_parallel()->add_layers_per_stage(1);
+         s.mutable_parallel()->add_layers_per_stage(1);
+       },
+       {"parallel.layers_per_stage: [1, 1] adds up to 2", "5 layers"}},
+      {"too few numbers",
+       [](v1::JobSpec& s) {
+         s.mutable_parallel()->set_pipeline_parallel_size(2);
+         s.mutable_parallel()->add_layers_per_stage(5);
+       },
+       {"parallel.layers_per_stage: [5] has 1 numbers for 2 stages"}},
+      {"a stage without a layer",
+       [](v1::JobSpec& s) {
+         s.mutable_parallel()->set_pipeline_parallel_size(2);
+         s.mutable_parallel()->add_layers_per_stage(5);
+         s.mutable_parallel()->add_layers_per_stage(0);
+       },
+       {"parallel.layers_per_stage: [5, 0]", "at least 1"}},
+      {"too few micro-batches, interleaved",
+       [](v1::JobSpec& s) {
+         s.mutable_parallel()->set_pipeline_parallel_size(2);
+         s.mutable_parallel()->set_virtual_stages(2);
+         s.mutable_parallel()->set_schedule("interleaved_1f1b");
+         s.mutable_training()->set_gradient_accumulation_steps(1);
+       },
+       {"training.gradient_accumulation_steps: ", "interleaved_1f1b", "(1) must be at least pipeline_parallel_size (2)", "raise"}},
+      {"too few micro-batches, 1f1b",
+       [](v1::JobSpec& s) {
+         s.mutable_parallel()->set_pipeline_parallel_size(4);
+         s.mutable_parallel()->set_schedule("1f1b");
+         s.mutable_training()->set_gradient_accumulation_steps(2);
+       },
+       {"training.gradient_accumulation_steps: ", "(2) must be at least pipeline_parallel_size (4)"}},
+      {"virtual stages without interleaving",
+       [](v1::JobSpec& s) {
+         s.mutable_parallel()->set_virtual_stages(2);
+         s.mutable_parallel()->set_schedule("gpipe");
+       },
+       {"parallel.virtual_stages: 2 virtual stages need schedule: interleaved_1f1b"}},
+      {"interleaving without virtual stages", [](v1::JobSpec& s) { s.mutable_parallel()->set_schedule("interleaved_1f1b"); }, {"parallel.virtual_stages: "}},
+      {"a plan too large to send",
+       [](v1::JobSpec& s) {
+         s.mutable_parallel()->set_pipeline_parallel_size(4);
+         s.mutable_training()->set_gradient_accumulation_steps(60000);
+       },
+       {"training.gradient_accumulation_steps: 60000", "larger micro_batch_size"}},
+      {"a micro-batch beyond 32 bits",
+       [](v1::JobSpec& s) {
+         s.mutable_training()->set_micro_batch_size(65536);
+         s.mutable_data()->set_sequence_len(1 << 20);
+       },
+       {"training.micro_batch_size: "}},
+  };
+  for (const Case& c : cases) {
+    const PlanRequest request = Request(c.change);
+    EXPECT_EQ(PlanJob(request).status().code(), absl::StatusCode::kInvalidArgument) << c.what;
+    EXPECT_FALSE(CheckLayout(request.spec, request.config).empty()) << c.what;
+    for (const std::string& word : c.words) EXPECT_THAT(ErrorOf(request), HasSubstr(word)) << c.what;
+  }
+}
+
+TEST(PlannerTest, AllContradictionsAtOnce) {
+  const PlanRequest request = Request([](v1::JobSpec& spec) {
+    spec.mutable_parallel()->set_pipeline_parallel_size(2);
+    spec.mutable_parallel()->set_schedule("1f1b");
+    spec.mutable_parallel()->add_layers_per_stage(1);
+    spec.mutable_training()->set_gradient_accumulation_steps(1);
+  });
+  EXPECT_EQ(CheckLayout(request.spec, request.config).size(), 3u);
+  const std::string message = ErrorOf(request);
+  EXPECT_EQ(std::count(message.begin(), message.end(), '\n'), 2);
+}
+
+TEST(PlannerTest, LayersPerStageNamesTheSizeOfThePipeline) {
+  const PlanRequest request = Request([](v1::JobSpec& spec) {
+    for (int n : {2, 2, 1}) spec.mutable_parallel()->add_layers_per_stage(n);
+  });
+  absl::StatusOr<v1::Plan> plan = PlanJob(request);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->pipeline_parallel_size(), 3);
+  EXPECT_THAT(LayersOf(*plan), ElementsAre(2, 2, 1));
+}
+
+TEST(PlannerTest, TooFewDevicesWaitsAndStillShowsThePlan) {
+  PlanRequest request = Request([](v1::JobSpec& spec) { spec.mutable_parallel()->set_pipeline_parallel_size(4); });
+  request.devices = Workers({2, 1});
+  EXPECT_EQ(PlanJob(request).status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(ErrorOf(request), AllOf(HasSubstr("needs 4 devices"), HasSubstr("3 are free")));
+  absl::StatusOr<PlanDraft> draft = DraftPlan(request);
+  ASSERT_TRUE(draft.ok()) << draft.status();
+  EXPECT_EQ(draft->devices_needed, 4);
+  EXPECT_EQ(draft->devices_present, 3);
+  EXPECT_EQ(draft->plan.stages_size(), 4);
+  EXPECT_EQ(draft->plan.ranks(0).worker(), "");
+  EXPECT_FALSE(CheckPlan(draft->plan, 5).ok());
+  request.devices.clear();
+  EXPECT_THAT(ErrorOf(request), HasSubstr("0 are free"));
+}
+
+// Obeys the first remedy of a message: "key: N".
+int SettingIn(const absl::Status& status, const std::string& key) {
+  const std::string message(status.message());
+  const size_t at = message.find(key + ": ");
+  return at == std::string::npos ? -1 : std::stoi(message.substr(at + key.size() + 2));
+}
+
+TEST(PlannerTest, OutOfMemoryNamesSettingsThatWouldFit) {
+  PlanRequest request{Spec(), Llama1B(), 10, Workers({4}, "cuda", 48 * kGiB)};
+  request.spec.mutable_data()->set_sequence_len(2048);
+  request.spec.mutable_training()->set_micro_batch_size(16);
+  request.spec.mutable_parallel()->set_pipeline_parallel_size(2);
+  request.spec.mutable_parallel()->set_schedule("gpipe");
+  const absl::Status status = PlanJob(request).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+  EXPECT_THAT(std::string(status.message()), AllOf(HasSubstr("pipeline rank 0 needs about"), HasSubstr("48.0 GiB"), HasSubstr("or parallel.schedule: 1f1b")));
+  PlanRequest remedy = request;
+  remedy.spec.mutable_training()->set_micro_batch_size(SettingIn(status, "training.micro_batch_size"));
+  EXPECT_TRUE(PlanJob(remedy).ok()) << status << PlanJob(remedy).status();
+  remedy.spec.mutable_training()->set_micro_batch_size(2 * remedy.spec.training().micro_batch_size());
+  EXPECT_FALSE(PlanJob(remedy).ok()) << status;
+}
+
+TEST(PlannerTest, OutOfMemoryNamesACombinationWhenNoSingleSettingSuffices) {
+  PlanRequest request{Spec(), Llama1B(), 10, Workers({4}, "cuda", 6 * kGiB)};
+  request.spec.mutable_data()->set_sequence_len(2048);
+  request.spec.mutable_training()->set_micro_batch_size(16);
+  request.spec.mutable_parallel()->set_pipeline_parallel_size(2);
+  request.spec.mutable_parallel()->set_schedule("gpipe");
+  const absl::Status status = PlanJob(request).status();
+  EXPECT_THAT(std::string(status.message()), HasSubstr("parallel.schedule: 1f1b with training.micro_batch_size: "));
+  request.spec.mutable_parallel()->set_schedule("1f1b");
+  request.spec.mutable_training()->set_micro_batch_size(SettingIn(status, "training.micro_batch_size"));
+  EXPECT_TRUE(PlanJob(request).ok()) << status << PlanJob(request).status();
+  request.devices = Workers({4}, "cuda", kGiB / 2);
+  EXPECT_THAT(ErrorOf(request), AllOf(HasSubstr("devices with more memory"), Not(HasSubstr("it would fit"))));
+}
+
+TEST(PlannerTest, GPipeHoldsMoreThan1F1B) {
+  const auto bytes = [](const char* schedule) {
+    PlanRequest request{Spec(), Llama1B(), 10, Workers({2})};
+    request.devices[0].memory_bytes = request.devices[1].memory_bytes = 0;  // not known: taken as enough
+    request.spec.mutable_parallel()->set_pipeline_parallel_size(2);
+    request.spec.mutable_parallel()->set_schedule(schedule);
+    return PlanJob(request)->ranks(0).peak_bytes();
+  };
+  EXPECT_GT(bytes("gpipe"), bytes("1f1b"));
+}
+
+TEST(PlacementTest, OneWorkerThenReplicasThenSpread) {
+  const auto places = [](const std::vector<int>& slots, int dp, int pp) {
+    std::vector<PlanDevice> devices = Workers(slots);
+    std::reverse(devices.begin(), devices.end());  // the order of the input does not matter
+    std::vector<std::string> out;
+    for (const PlanDevice& device : ChooseDevices(devices, dp, pp)) out.push_back(absl::StrCat(device.worker.substr(7), device.id.substr(4)));
+    return out;
+  };
+  EXPECT_THAT(places({4, 2, 3}, 1, 2), ElementsAre("10", "11"));                    // the worker with the least room that suffices
+  EXPECT_THAT(places({2, 3, 2}, 2, 2), ElementsAre("00", "01", "20", "21"));        // a replica per worker
+  EXPECT_THAT(places({1, 3, 2}, 1, 5), ElementsAre("10", "11", "12", "20", "21"));  // neighbours together
+  EXPECT_THAT(places({1, 1}, 1, 2), ElementsAre("00", "10"));
+  EXPECT_TRUE(places({1, 1}, 1, 3).empty());
+  std::vector<PlanDevice> many = Workers({12});
+  std::swap(many[2], many[10]);
+  EXPECT_EQ(Sorted(many)[2].id, "cpu:2");
+}
+
+TEST(CheckPlanTest, FindsEveryMutation) {
+  const auto plan = [] {
+    return *PlanJob(Request([](v1::JobSpec& spec) {
+      spec.mutable_parallel()->set_pipeline_parallel_size(2);
+      spec.mutable_parallel()->set_data_parallel_size(2);
+    }));
+  };
+  ASSERT_TRUE(CheckPlan(plan(), 5).ok());
+  const std::pair<const char*, std::function<void(v1::Plan&)>> mutations[] = {
+      {"pipeline", [](v1::Plan& p) { p.set_pipeline_parallel_size(0); }},
+      {"micro-batches", [](v1::Plan& p) { p.set_num_microbatches(9); }},
+      {"stages", [](v1::Plan& p) { p.mutable_stages()->RemoveLast(); }},
+      {"layers", [](v1::Plan& p) { p.mutable_stages(0)->set_num_layers(2); }},
+      {"last layers", [](v1::Plan& p) { p.mutable_stages(1)->set_num_layers(1); }},
+      {"head", [](v1::Plan& p) { p.mutable_stages(0)->set_has_head(true); }},
+      {"rank", [](v1::Plan& p) { p.mutable_ranks(1)->set_rank(0); }},
+      {"rank's stages", [](v1::Plan& p) { p.mutable_ranks(1)->set_stages(0, 0); }},
+      {"ranks", [](v1::Plan& p) { p.mutable_ranks()->RemoveLast(); }},
+      {"device", [](v1::Plan& p) { p.mutable_ranks(3)->set_device(""); }},
+      {"shared device", [](v1::Plan& p) { p.mutable_ranks(3)->set_worker(p.ranks(2).worker()); }},
+      {"peak", [](v1::Plan& p) { p.mutable_ranks(3)->set_peak_activations(7); }},
+      {"text", [](v1::Plan& p) { p.mutable_ranks(2)->set_program("0F0 hello"); }},
+      {"programs exchanged", [](v1::Plan& p) { p.mutable_ranks(2)->mutable_program()->swap(*p.mutable_ranks(3)->mutable_program()); }},
+      {"an action lost", [](v1::Plan& p) { p.mutable_ranks(3)->mutable_program()->erase(0, 9); }},
+  };
+  for (const auto& [what, mutate] : mutations) {
+    v1::Plan broken = plan();
+    mutate(broken);
+    const absl::Status status = CheckPlan(broken, 5);
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << what;
+  }
+  EXPECT_FALSE(CheckPlan(plan(), 6).ok());
+}
+
+}  // namespace
+}  // namespace ppft::coordinator
