@@ -252,13 +252,13 @@ absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelCon
                         pipeline::BuildSchedule({layout.schedule, pipeline_size, layout.virtual_stages, layout.num_microbatches}));
   PPFT_ASSIGN_OR_RETURN(layout.programs, pipeline::Lower(compute, num_stages));
   pipeline::SimulationOptions options;
-  std::vector<double> stage_costs;
+  std::vector<double> rank_costs(pipeline_size, 0.0);
   for (const v1::StagePlan& stage : layout.stages) {
     options.forward_cost.push_back(stage.forward_cost());
     options.backward_cost.push_back(stage.backward_cost());
-    stage_costs.push_back(stage.forward_cost() + stage.backward_cost());
+    rank_costs[stage.stage() % pipeline_size] += stage.forward_cost() + stage.backward_cost();
   }
-  layout.imbalance = pipeline::Imbalance(stage_costs);
+  layout.imbalance = pipeline::Imbalance(rank_costs);
   PPFT_ASSIGN_OR_RETURN(layout.simulation, pipeline::Simulate(layout.programs, {num_stages, layout.num_microbatches}, options));
   for (int rank = 0; rank < pipeline_size; ++rank) {
     layout.peak_bytes.push_back(

@@ -29,7 +29,7 @@ struct Layout {
   std::vector<pipeline::Program> programs;  // per pipeline rank, with transfers
   pipeline::Simulation simulation;          // with the stages' FLOPs as costs
   std::vector<int64_t> peak_bytes;          // per pipeline rank, estimate
-  double imbalance = 1;                     // costliest stage over the mean
+  double imbalance = 1;                     // costliest rank over the mean
   double head_layers = 0;                   // the head's cost in layers
 
   int num_ranks() const { return data_parallel_size * pipeline_size; }

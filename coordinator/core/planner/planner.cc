@@ -134,7 +134,7 @@ std::string Explain(const Layout& layout, const std::vector<PlanDevice>& chosen,
                                         : absl::StrCat(layers.size(), " stages of ", absl::StrJoin(layers, ", "), " layers");
   if (layers.size() > 1) {
     absl::StrAppend(&text, spec.parallel().layers_per_stage_size() > 0 ? " as asked" : " balanced by cost",
-                    absl::StrFormat(" (the head counts as %.1f layers; the costliest stage is %.2f x the mean)", layout.head_layers, layout.imbalance));
+                    absl::StrFormat(" (the head counts as %.1f layers; the costliest rank is %.2f x the mean)", layout.head_layers, layout.imbalance));
   }
   if (layout.data_parallel_size > 1) absl::StrAppend(&text, ", ", layout.data_parallel_size, " replicas");
   absl::StrAppend(&text, ", ", ToString(layout.schedule), " over ", layout.num_microbatches, " micro-batches of ", layout.microbatch_tokens, " tokens in ",
