@@ -1,0 +1,264 @@
+#include "clients/ppctl/cli.h"
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <functional>
+#include <map>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "absl/time/time.h"
+#include "clients/ppctl/commands.h"
+#include "clients/ppctl/completion.h"
+#include "clients/ppctl/format.h"
+#include "common/base/status.h"
+#include "common/spec/suggest.h"
+
+#ifndef PPFT_VERSION
+#error "PPFT_VERSION comes from the build"
+#endif
+
+namespace ppft::ctl {
+namespace {
+
+// Parses into options that live as long as this object, then runs what was chosen.
+class Cli {
+ public:
+  explicit Cli(Terminal* terminal) : context_(terminal) {
+    app_.name("ppctl");
+    app_.description("ppctl: submit, watch and fetch fine-tuning jobs of a ppft coordinator.");
+    app_.require_subcommand(1);
+    app_.fallthrough();
+    app_.failure_message(CLI::FailureMessage::simple);
+    app_.footer(
+        "Examples:\n"
+        "  ppctl models register llama /models/llama-3.2-1b\n"
+        "  ppctl submit job.yaml --follow\n"
+        "  ppctl fetch job-k3x9a2b7 -o final_model\n\n"
+        "Exit codes: 0 ok, 1 failure, 2 wrong usage or input, 3 not found, 4 not allowed, 5 coordinator unavailable, 6 deadline, 7 precondition or conflict, 8 "
+        "the job failed.\n"
+        "Data goes to standard output, messages and progress to standard error.");
+    app_.add_option("--server", context_.server, "Coordinator, HOST:PORT")->envname("PPCTL_SERVER")->capture_default_str();
+    app_.add_option("--timeout", timeout_, "How long to wait for the coordinator: 30s, 5m")->envname("PPCTL_TIMEOUT")->capture_default_str();
+    app_.add_option("-o,--output", output_, "table, json, yaml or name")->envname("PPCTL_OUTPUT")->capture_default_str();
+    JobFileCommands();
+    JobCommands();
+    DataCommands();
+    ModelCommands();
+    OtherCommands();
+  }
+
+  int Run(std::vector<std::string> arguments) {
+    std::reverse(arguments.begin(), arguments.end());
+    try {
+      app_.parse(std::move(arguments));
+    } catch (const CLI::Success& help) {
+      return app_.exit(help, context_.out(), context_.err());
+    } catch (const CLI::ParseError& error) {
+      context_.err() << "ppctl: " << error.what() << Hint() << "\nSee ppctl --help, or ppctl COMMAND --help.\n";
+      return kUsage;
+    }
+    const Result result = Execute();
+    if (result.ok()) return *result;
+    context_.err() << "ppctl: " << Printable(result.status().message()) << "\n";
+    return ExitCodeOf(result.status());
+  }
+
+ private:
+  Result Execute() {
+    PPFT_RETURN_IF_ERROR(ReadGlobals());
+    if (needs_server_) PPFT_RETURN_IF_ERROR(context_.Connect());
+    return run_();
+  }
+
+  absl::Status ReadGlobals() {
+    static const auto* const formats =
+        new std::map<std::string, Format>{{"table", Format::kTable}, {"json", Format::kJson}, {"yaml", Format::kYaml}, {"name", Format::kName}};
+    const auto format = formats->find(output_);
+    if (format == formats->end()) return absl::InvalidArgumentError(absl::StrCat("--output ", output_, " is not known: use table, json, yaml or name"));
+    context_.format = format->second;
+    context_.timeout_given = app_.get_option("--timeout")->count() > 0;
+    if (!absl::ParseDuration(timeout_, &context_.timeout) || context_.timeout <= absl::ZeroDuration() || context_.timeout > absl::Hours(24)) {
+      return absl::InvalidArgumentError(absl::StrCat("--timeout ", timeout_, " is not a duration: use 30s, 5m or 2h"));
+    }
+    return absl::OkStatus();
+  }
+
+  // For a slip in a command's name.
+  std::string Hint() const {
+    const CLI::App* app = &app_;
+    for (const auto chosen = app->get_subcommands(); !chosen.empty();) {
+      app = chosen[0];
+      break;
+    }
+    std::vector<std::string> names;
+    for (const CLI::App* command : app->get_subcommands([](const CLI::App*) { return true; })) names.push_back(command->get_name());
+    for (const std::string& word : app_.remaining(true)) {
+      const std::string nearest = spec::Nearest(word, names);
+      if (!nearest.empty() && nearest != word) return absl::StrCat("\nDid you mean ", nearest, "?");
+    }
+    return "";
+  }
+
+  CLI::App* Add(CLI::App* parent, const std::string& name, const std::string& description, std::function<Result()> run, const std::string& examples = "") {
+    CLI::App* command = parent->add_subcommand(name, description);
+    command->fallthrough();
+    command->callback([this, run = std::move(run)] { run_ = run; });
+    if (!examples.empty()) command->footer(absl::StrCat("Examples:\n", examples));
+    return command;
+  }
+
+  CLI::App* Group(const std::string& name, const std::string& description) {
+    CLI::App* group = app_.add_subcommand(name, description);
+    group->fallthrough();
+    group->require_subcommand(1);
+    return group;
+  }
+
+  void JobFileOptionsOf(CLI::App* command) {
+    command->add_option("FILE", job_file_.file, "job.yaml; - reads standard input")->required();
+    command->add_option("--set", job_file_.overrides, "Replace one value: KEY=VALUE, such as training.max_steps=100; null removes")->allow_extra_args(false);
+  }
+
+  void JobFileCommands() {
+    CLI::App* submit = Add(
+        &app_, "submit", "Check a job file, upload its data and submit it; prints the job's id", [this] { return Submit(context_, job_file_); },
+        "  ppctl submit job.yaml --follow\n"
+        "  ppctl submit job.yaml --set training.max_steps=100 --set adapter.r=8\n"
+        "  ppctl submit job.yaml --dry-run            # the resolved job, nothing stored\n"
+        "  id=$(ppctl submit job.yaml -o name --request-id nightly-2026-11-23)");
+    JobFileOptionsOf(submit);
+    submit->add_flag("--follow", job_file_.follow, "Stay until the job ends: exit 0 if it succeeded, 8 if not");
+    submit->add_flag("--dry-run", job_file_.dry_run, "Only check, and print the resolved job");
+    submit->add_option("--request-id", job_file_.request_id, "The same id with the same job is submitted once, however often it is sent");
+    JobFileOptionsOf(Add(
+        &app_, "validate", "Check a job file and its data without storing anything", [this] { return Validate(context_, job_file_); },
+        "  ppctl validate job.yaml"));
+    JobFileOptionsOf(Add(
+        &app_, "plan", "Show stages, bytes, schedule and whether the job fits", [this] { return ctl::Plan(context_, job_file_); },
+        "  ppctl plan job.yaml\n  ppctl plan job.yaml --set parallel.pipeline_parallel_size=4"));
+  }
+
+  CLI::App* AddForJob(const std::string& name, const std::string& description, std::function<Result()> run, const std::string& examples) {
+    CLI::App* command = Add(&app_, name, description, std::move(run), examples);
+    command->add_option("JOB", job_, "Id, or a name that only one job has")->required();
+    return command;
+  }
+
+  void JobCommands() {
+    CLI::App* list = Add(
+        &app_, "list", "List jobs, newest first", [this] { return ListJobs(context_, list_); },
+        "  ppctl list\n  ppctl list --state running --state queued\n  ppctl list --label team=nlp -o name");
+    list->add_option("--state", list_.states, "Only jobs in this state (repeat for more)")->allow_extra_args(false);
+    list->add_option("--label", list_.labels, "Only jobs with this label, KEY=VALUE (repeat for more)")->allow_extra_args(false);
+    AddForJob(
+        "get", "Show one job", [this] { return ctl::GetJob(context_, job_); },
+        "  ppctl get job-k3x9a2b7\n  ppctl get job-k3x9a2b7 -o yaml     # with the resolved job.yaml under spec");
+    AddForJob(
+        "watch", "Follow a job to its end: exit 0 if it succeeded, 8 if not", [this] { return ctl::WatchJob(context_, job_); },
+        "  ppctl watch job-k3x9a2b7       # Ctrl-C stops watching, not the job");
+    AddForJob(
+        "events", "Show what happened to a job", [this] { return Events(context_, job_, follow_); },
+        "  ppctl events job-k3x9a2b7\n  ppctl events -f job-k3x9a2b7 -o json")
+        ->add_flag("-f,--follow", follow_, "Go on until the job ends");
+    AddForJob(
+        "logs", "Show a job's log lines", [this] { return Logs(context_, job_, follow_); }, "  ppctl logs job-k3x9a2b7\n  ppctl logs -f job-k3x9a2b7")
+        ->add_flag("-f,--follow", follow_, "Go on until the job ends");
+    AddForJob(
+        "metrics", "Show a job's history: loss, learning rate, evaluation by step", [this] { return Metrics(context_, job_); },
+        "  ppctl metrics job-k3x9a2b7\n  ppctl metrics job-k3x9a2b7 -o json");
+    AddForJob(
+        "cancel", "Stop a job and free its devices", [this] { return ctl::CancelJob(context_, job_); }, "  ppctl cancel job-k3x9a2b7");
+    AddForJob(
+        "checkpoints", "List a job's checkpoints", [this] { return Checkpoints(context_, job_); }, "  ppctl checkpoints job-k3x9a2b7");
+    CLI::App* fetch = Add(
+        &app_, "fetch", "Download a job's result; resumes, and checks the SHA-256 of each file", [this] { return Fetch(context_, fetch_); },
+        "  ppctl fetch job-k3x9a2b7\n  ppctl fetch job-k3x9a2b7 -o merged_model --type merged\n  ppctl fetch job-k3x9a2b7 -o at200 --checkpoint step:200");
+    fetch->add_option("JOB", fetch_.job, "Id, or a name that only one job has")->required();
+    fetch->add_option("-o,--out", fetch_.folder, "Folder to make")->capture_default_str();
+    fetch->add_option("--checkpoint", fetch_.checkpoint, "best, latest or step:N instead of the final model");
+    fetch->add_option("--type", fetch_.type, "adapter or merged")->capture_default_str();
+    fetch->add_flag("--force", fetch_.force, "Replace an earlier fetch in that folder");
+  }
+
+  void DataCommands() {
+    CLI::App* data = Group("data", "Datasets");
+    Add(
+        data, "upload", "Upload data files; prints their ids", [this] { return DataUpload(context_, files_); }, "  ppctl data upload train.jsonl")
+        ->add_option("FILE", files_, "JSONL files")
+        ->required();
+    Add(
+        data, "list", "List datasets", [this] { return DataList(context_); }, "  ppctl data list");
+    CLI::App* show = Add(
+        data, "show", "Show rows as training sees them: supervised tokens in colour, or in [[ ]]", [this] { return DataShow(context_, show_); },
+        "  ppctl data show job.yaml -n 3\n  ppctl data show train.jsonl --base-model llama --type prompt_completion");
+    show->add_option("TARGET", show_.target, "A job file, a dataset id or a data file")->required();
+    show->add_option("-n,--rows", show_.num_rows, "Rows from the start")->check(CLI::Range(1, 100))->capture_default_str();
+    show->add_option("--dataset", show_.dataset, "Which of the job's datasets, from 0")->capture_default_str();
+    show->add_option("--base-model", show_.base_model, "Whose tokenizer, unless TARGET is a job file");
+    show->add_option("--type", show_.type, "summarization, prompt_completion or completion, unless TARGET is a job file");
+    show->add_option("--set", show_.overrides, "Replace one value of the job: KEY=VALUE")->allow_extra_args(false);
+  }
+
+  void ModelCommands() {
+    CLI::App* models = Group("models", "Base models");
+    CLI::App* add = Add(
+        models, "register", "Register a folder under one of the coordinator's model roots", [this] { return ModelsRegister(context_, model_, folder_); },
+        "  ppctl models register llama-3.2-1b /models/llama-3.2-1b");
+    add->add_option("NAME", model_, "The name that jobs use")->required();
+    add->add_option("PATH", folder_, "Hugging Face folder on the coordinator's machine")->required();
+    CLI::App* upload = Add(
+        models, "upload", "Upload a local Hugging Face folder and register it", [this] { return ModelsUpload(context_, model_, folder_); },
+        "  ppctl models upload tiny ./tiny-llama");
+    upload->add_option("NAME", model_, "The name that jobs use")->required();
+    upload->add_option("DIR", folder_, "Hugging Face folder on this machine")->required();
+    Add(
+        models, "list", "List models", [this] { return ModelsList(context_); }, "  ppctl models list");
+  }
+
+  void OtherCommands() {
+    Add(
+        Group("workers", "Workers"), "list", "List workers, their devices and leases", [this] { return WorkersList(context_); }, "  ppctl workers list");
+    Add(
+        &app_, "status", "Show the coordinator's state", [this] { return ctl::Status(context_); }, "  ppctl status");
+    Add(
+        &app_, "completion", "Print a completion script",
+        [this]() -> Result {
+          PPFT_ASSIGN_OR_RETURN(const std::string script, CompletionScript(app_, shell_));
+          context_.out() << script;
+          return kOk;
+        },
+        "  source <(ppctl completion bash)\n  ppctl completion fish > ~/.config/fish/completions/ppctl.fish")
+        ->add_option("SHELL", shell_, "bash, zsh or fish")
+        ->required()
+        ->each([this](const std::string&) { needs_server_ = false; });
+    CLI::App* version = Add(&app_, "version", "Print the version", [this]() -> Result {
+      context_.out() << (context_.format == Format::kJson   ? "{\"version\": \"" PPFT_VERSION "\"}"
+                         : context_.format == Format::kYaml ? "version: \"" PPFT_VERSION "\""
+                                                            : PPFT_VERSION)
+                     << "\n";
+      return kOk;
+    });
+    version->preparse_callback([this](size_t) { needs_server_ = false; });
+  }
+
+  CLI::App app_;
+  Context context_;
+  std::string timeout_ = "30s", output_ = "table";
+  bool needs_server_ = true;
+  std::function<Result()> run_;
+
+  JobFileOptions job_file_;
+  ListOptions list_;
+  ShowOptions show_;
+  FetchOptions fetch_;
+  std::string job_, model_, folder_, shell_;
+  std::vector<std::string> files_;
+  bool follow_ = false;
+};
+
+}  // namespace
+
+int Run(const std::vector<std::string>& arguments, Terminal* terminal) { return Cli(terminal).Run(arguments); }
+
+}  // namespace ppft::ctl

@@ -1,0 +1,204 @@
+#include "clients/ppctl/context.h"
+
+#include <google/protobuf/util/json_util.h>
+
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
+#include "absl/time/clock.h"
+#include "clients/ppctl/format.h"
+#include "common/base/status.h"
+#include "common/net/channel.h"
+#include "common/net/status.h"
+#include "common/spec/spec.h"
+
+namespace ppft::ctl {
+namespace {
+
+using OrderedJson = nlohmann::ordered_json;
+
+// Text as YAML: bare when no YAML version can take it for something else. Whole numbers stay bare, since proto JSON writes 64-bit ones as text.
+std::string YamlScalar(const OrderedJson& value) {
+  if (!value.is_string()) return value.dump();
+  const std::string text = value;
+  int64_t number;
+  if (text.size() < 20 && absl::SimpleAtoi(text, &number) && absl::StrCat(number) == text) return text;
+  const bool plain = !text.empty() && absl::ascii_isalpha(text[0]) &&
+                     std::all_of(text.begin(), text.end(), [](char c) { return absl::ascii_isalnum(c) || c == '_' || c == '-' || c == '.' || c == '/'; });
+  for (const char* special : {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}) {
+    if (absl::EqualsIgnoreCase(text, special)) return value.dump();
+  }
+  return plain ? text : value.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
+}
+
+void AppendYaml(const OrderedJson& value, const std::string& first, const std::string& indent, std::string* out) {
+  std::string lead = first;
+  const auto child = [&](const std::string& head, const OrderedJson& item, const std::string& deeper) {
+    if (!item.is_structured() || item.empty()) {
+      absl::StrAppend(out, lead, head, " ", YamlScalar(item), "\n");
+    } else if (head == "-") {
+      AppendYaml(item, lead + "- ", deeper, out);
+    } else {
+      absl::StrAppend(out, lead, head, "\n");
+      AppendYaml(item, deeper, deeper, out);
+    }
+    lead = indent;
+  };
+  if (value.is_object()) {
+    for (const auto& [key, item] : value.items()) child(YamlScalar(OrderedJson(key)) + ":", item, indent + "  ");
+  } else if (value.is_array()) {
+    for (const auto& item : value) child("-", item, indent + "  ");
+  } else {
+    absl::StrAppend(out, lead, YamlScalar(value), "\n");
+  }
+}
+
+}  // namespace
+
+int ExitCodeOf(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kOk:
+      return kOk;
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kOutOfRange:
+      return kUsage;
+    case absl::StatusCode::kNotFound:
+      return kNotFound;
+    case absl::StatusCode::kUnauthenticated:
+    case absl::StatusCode::kPermissionDenied:
+      return kAuth;
+    case absl::StatusCode::kUnavailable:
+      return kUnavailable;
+    case absl::StatusCode::kDeadlineExceeded:
+      return kDeadline;
+    case absl::StatusCode::kFailedPrecondition:
+    case absl::StatusCode::kAlreadyExists:
+    case absl::StatusCode::kAborted:
+      return kPrecondition;
+    default:
+      return kFailure;
+  }
+}
+
+std::atomic<bool>& Interrupted() {
+  static std::atomic<bool> interrupted{false};
+  return interrupted;
+}
+
+absl::Status Context::Connect() {
+  const size_t colon = server.rfind(':');
+  int port = 0;
+  if (colon == std::string::npos || colon == 0 || !absl::SimpleAtoi(server.substr(colon + 1), &port) || port < 1 || port > 65535) {
+    return absl::InvalidArgumentError(absl::StrCat("\"", server, "\" is not an address: use --server HOST:PORT, such as 127.0.0.1:7070"));
+  }
+  channel_ = net::MakeChannel(server);
+  jobs_ = v1::JobService::NewStub(channel_);
+  datasets_ = v1::DatasetService::NewStub(channel_);
+  models_ = v1::ModelService::NewStub(channel_);
+  artifacts_ = v1::ArtifactService::NewStub(channel_);
+  cluster_ = v1::ClusterService::NewStub(channel_);
+  blobs_ = v1::BlobService::NewStub(channel_);
+  return absl::OkStatus();
+}
+
+absl::Status Context::Retry(const std::function<grpc::Status(grpc::ClientContext*)>& call) {
+  const absl::Time deadline = absl::Now() + timeout;
+  net::Backoff backoff(absl::Milliseconds(200), absl::Seconds(2));
+  for (;;) {
+    grpc::ClientContext context;
+    net::SetDeadline(&context, deadline - absl::Now());
+    absl::Status status = net::StatusFromGrpc(call(&context));
+    if (absl::IsDeadlineExceeded(status) && !reached_ && channel_->GetState(false) != GRPC_CHANNEL_READY) {
+      status = absl::UnavailableError(absl::StrCat("no connection within ", absl::FormatDuration(timeout)));
+    }
+    if (!absl::IsUnavailable(status) && !absl::IsDeadlineExceeded(status)) reached_ = true;
+    const absl::Duration pause = backoff.Next();
+    if (!absl::IsUnavailable(status) || !reached_ || absl::Now() + pause >= deadline) return Explain(status);
+    absl::SleepFor(pause);
+  }
+}
+
+absl::Status Context::Explain(const absl::Status& status) const {
+  if (absl::IsDeadlineExceeded(status)) {
+    return absl::DeadlineExceededError(
+        absl::StrCat("the coordinator at ", server, " did not answer within ", absl::FormatDuration(timeout), ": try again, or a longer --timeout"));
+  }
+  if (!absl::IsUnavailable(status)) return status;
+  return absl::UnavailableError(
+      absl::StrCat("cannot reach a coordinator at ", server, " (", status.message(),
+                   ").\nIs it running? Start one on this machine with deploy/local up --dir DIR --workers 2, or name another with --server HOST:PORT "
+                   "or PPCTL_SERVER."));
+}
+
+net::TransferOptions Context::Transfers(const std::string& label) {
+  net::TransferOptions options;
+  options.call_timeout = timeout;
+  options.patience = timeout;
+  if (terminal_->err_is_terminal) {
+    options.progress = [this, label, last = absl::InfinitePast()](int64_t done, int64_t total) mutable {
+      if (done < total && absl::Now() - last < absl::Milliseconds(200)) return;
+      last = absl::Now();
+      err() << absl::StrFormat("\r\x1b[K%s  %s of %s", label, FormatBytes(done), FormatBytes(total)) << std::flush;
+    };
+  }
+  return options;
+}
+
+void Context::EndProgress() {
+  if (terminal_->err_is_terminal) err() << "\r\x1b[K" << std::flush;
+}
+
+bool Context::PrintMessage(const google::protobuf::Message& message) {
+  if (format == Format::kJson) {
+    out() << ToJson(message, true);
+    return true;
+  }
+  if (format == Format::kYaml) {
+    out() << ToYamlText(message);
+    return true;
+  }
+  return false;
+}
+
+std::string NewRequestId() {
+  std::random_device random;
+  std::string id;
+  for (int i = 0; i < 4; ++i) absl::StrAppendFormat(&id, "%08x", random());
+  return id;
+}
+
+std::string ToJson(const google::protobuf::Message& message, bool pretty) {
+  google::protobuf::util::JsonPrintOptions options;
+  options.add_whitespace = pretty;
+  options.always_print_primitive_fields = true;
+  options.preserve_proto_field_names = true;
+  std::string text;
+  const auto status = google::protobuf::util::MessageToJsonString(message, &text, options);
+  if (!status.ok()) return absl::StrCat("{\"error\": ", OrderedJson(status.ToString()).dump(), "}\n");
+  if (text.empty() || text.back() != '\n') text += '\n';
+  return text;
+}
+
+std::string ToYamlText(const google::protobuf::Message& message) {
+  std::string text;
+  if (message.GetDescriptor() == v1::Job::descriptor()) {
+    v1::Job job;
+    job.CopyFrom(message);
+    const std::string spec = spec::ToYaml(job.spec());
+    job.clear_spec();
+    AppendYaml(OrderedJson::parse(ToJson(job, false)), "", "", &text);
+    text += "spec:\n";
+    for (const absl::string_view line : absl::StrSplit(spec, '\n', absl::SkipEmpty())) absl::StrAppend(&text, "  ", line, "\n");
+    return text;
+  }
+  AppendYaml(OrderedJson::parse(ToJson(message, false)), "", "", &text);
+  return text;
+}
+
+}  // namespace ppft::ctl

@@ -1,0 +1,207 @@
+#include "clients/ppctl/job_file.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <iostream>
+#include <iterator>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "clients/ppctl/format.h"
+#include "common/base/files.h"
+#include "common/base/sha256.h"
+#include "common/base/status.h"
+#include "common/data/rows.h"
+
+namespace ppft::ctl {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kAdapterFiles[] = {"adapter_config.json", "adapter_model.safetensors"};
+
+bool IsIdWith(const std::string& text, absl::string_view prefix, size_t digits, bool hex) {
+  if (!absl::StartsWith(text, prefix) || text.size() != prefix.size() + digits) return false;
+  return std::all_of(text.begin() + static_cast<long>(prefix.size()), text.end(),
+                     [hex](char c) { return absl::ascii_isdigit(c) || (hex ? c >= 'a' && c <= 'f' : absl::ascii_islower(c)); });
+}
+
+bool IsArtifactId(const std::string& text) { return IsIdWith(text, "adapter-", 16, true) || IsIdWith(text, "job-", 8, false); }
+
+// A path in job.yaml is relative to that file.
+std::string Resolved(const std::string& path, const std::string& base_folder) {
+  return fs::path(path).is_absolute() ? path : (fs::path(base_folder) / path).string();
+}
+
+absl::Status WrongInput(const std::string& subject, size_t count) {
+  return absl::InvalidArgumentError(absl::StrCat(subject, ": ", count == 1 ? "1 error" : absl::StrCat(count, " errors"), "; nothing was submitted"));
+}
+
+absl::StatusOr<std::string> ReadInput(const std::string& file) {
+  if (file == "-") return std::string(std::istreambuf_iterator<char>(std::cin), {});
+  std::error_code error;
+  if (fs::is_directory(file, error)) return absl::InvalidArgumentError(absl::StrCat(file, ": is a folder; name the job file in it"));
+  auto text = ReadFile(file, int64_t{1} << 26);
+  if (!text.ok()) return absl::InvalidArgumentError(text.status().message());
+  return text;
+}
+
+}  // namespace
+
+bool IsDatasetId(const std::string& text) { return IsIdWith(text, "ds-", 16, true); }
+
+absl::StatusOr<JobFile> JobFile::Load(Context& context, const std::string& file, const std::vector<std::string>& overrides) {
+  PPFT_ASSIGN_OR_RETURN(const std::string text, ReadInput(file));
+  return FromText(context, file == "-" ? "standard input" : file, text, file == "-" ? "." : fs::path(file).parent_path().string(), overrides);
+}
+
+absl::StatusOr<JobFile> JobFile::FromText(Context& context, const std::string& name, const std::string& text, const std::string& base_folder,
+                                          const std::vector<std::string>& overrides) {
+  JobFile job;
+  job.subject_ = name;
+  job.parsed_ = spec::Parse(name, text, overrides);
+  std::vector<std::string> complaints;
+  for (const spec::FieldError& error : job.parsed_.errors) complaints.push_back(spec::ToString(error));
+  job.FindLocalFiles(job.parsed_.spec.mutable_data()->mutable_datasets(), "data.datasets", base_folder);
+  job.FindLocalFiles(job.parsed_.spec.mutable_data()->mutable_test_datasets(), "data.test_datasets", base_folder);
+  for (std::string& complaint : job.CheckLocalFiles()) complaints.push_back(std::move(complaint));
+  if (std::string complaint = job.CheckAdapterFolder(base_folder); !complaint.empty()) complaints.push_back(std::move(complaint));
+  for (const std::string& complaint : complaints) context.err() << Printable(complaint) << "\n";
+  if (!complaints.empty()) return WrongInput(name, complaints.size());
+  return job;
+}
+
+void JobFile::FindLocalFiles(google::protobuf::RepeatedPtrField<v1::DatasetSpec>* datasets, const std::string& field, const std::string& base_folder) {
+  for (int i = 0; i < datasets->size(); ++i) {
+    v1::DatasetSpec* dataset = datasets->Mutable(i);
+    if (dataset->path().empty() || IsDatasetId(dataset->path())) continue;
+    local_files_.push_back({dataset, absl::StrCat(field, "[", i, "].path"), Resolved(dataset->path(), base_folder)});
+  }
+}
+
+std::string JobFile::At(const std::string& field, const std::string& message) const {
+  v1::Violation violation;
+  violation.set_field(field);
+  violation.set_message(message);
+  return spec::ToString(parsed_.Locate(violation));
+}
+
+std::vector<std::string> JobFile::CheckLocalFiles() {
+  std::vector<std::string> complaints;
+  for (const LocalFile& local : local_files_) {
+    std::error_code error;
+    const fs::file_status status = fs::status(local.path, error);
+    if (!fs::exists(status)) {
+      complaints.push_back(At(
+          local.field, absl::StrCat("there is no file ", local.path, ": correct the path (relative to the job file), or use a dataset id (ppctl data list)")));
+    } else if (!fs::is_regular_file(status)) {
+      complaints.push_back(At(local.field, absl::StrCat(local.path, " is not a file: name one JSONL file")));
+    } else {
+      const auto bytes = MappedFile::Open(local.path);
+      if (!bytes.ok()) {
+        complaints.push_back(At(local.field, std::string(bytes.status().message())));
+        continue;
+      }
+      const v1::DatasetSpec& dataset = *local.dataset;
+      if (dataset.type().empty()) continue;  // already refused
+      const std::map<std::string, std::string> field_map(dataset.field_map().begin(), dataset.field_map().end());
+      const absl::Status rows = data::CheckRows(dataset.source(), bytes->bytes(), dataset.type(), field_map);
+      if (!rows.ok() &&
+          !(absl::IsInvalidArgument(rows) && !parsed_.ok() && data::MakeRowFormat(dataset.source(), dataset.type(), field_map).status() == rows)) {
+        complaints.push_back(std::string(rows.message()));
+      }
+    }
+  }
+  return complaints;
+}
+
+std::string JobFile::CheckAdapterFolder(const std::string& base_folder) {
+  const std::string& adapter = parsed_.spec.model().init_adapter();
+  if (adapter.empty()) return "";
+  const std::string folder = Resolved(adapter, base_folder);
+  std::error_code error;
+  if (!fs::is_directory(folder, error)) {
+    if (IsArtifactId(adapter)) return "";
+    return At("model.init_adapter", absl::StrCat("there is no folder ", folder, ": name a PEFT adapter's folder or an artifact id (adapter-… or a job's id)"));
+  }
+  for (const char* file : kAdapterFiles) {
+    if (!fs::is_regular_file(fs::path(folder) / file, error)) {
+      return At("model.init_adapter",
+                absl::StrCat(folder, " has no file ", file, ": save the adapter with PEFT's save_pretrained (safetensors, never pickle)"));
+    }
+  }
+  adapter_folder_ = folder;
+  return "";
+}
+
+absl::Status JobFile::Resolve(Context& context) {
+  if (parsed_.given.count("data.sequence_len") > 0) return absl::OkStatus();
+  v1::GetModelRequest request;
+  request.set_name(parsed_.spec.model().base_model());
+  v1::Model model;
+  const absl::Status status = context.Call(context.models(), &v1::ModelService::StubInterface::GetModel, request, &model);
+  if (absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status)) return status;
+  // An unknown model is reported by the validation, at its place.
+  if (status.ok() && model.max_position_embeddings() > 0) {
+    v1::DataSpec* data = parsed_.spec.mutable_data();
+    data->set_sequence_len(std::min(data->sequence_len(), model.max_position_embeddings()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status JobFile::Report(Context& context, const google::protobuf::RepeatedPtrField<v1::Violation>& violations) const {
+  if (violations.empty()) return absl::OkStatus();
+  for (const v1::Violation& violation : violations) context.err() << Printable(spec::ToString(parsed_.Locate(violation))) << "\n";
+  return WrongInput(subject_, static_cast<size_t>(violations.size()));
+}
+
+absl::Status JobFile::ValidateOnServer(Context& context) {
+  v1::ValidateJobRequest request;
+  *request.mutable_spec() = parsed_.spec;
+  if (!adapter_folder_.empty()) request.mutable_spec()->mutable_model()->clear_init_adapter();
+  v1::ValidateJobResponse response;
+  PPFT_RETURN_IF_ERROR(context.Call(context.jobs(), &v1::JobService::StubInterface::ValidateJob, request, &response));
+  return Report(context, response.violations());
+}
+
+absl::StatusOr<v1::Dataset> UploadDataset(Context& context, const std::string& path) {
+  const auto file = net::UploadFile(context.blobs(), path, context.Transfers(absl::StrCat("uploading ", fs::path(path).filename().string())));
+  context.EndProgress();
+  if (!file.ok()) return context.Explain(file.status());
+  context.Reached();
+  v1::CreateDatasetRequest request;
+  request.set_request_id(NewRequestId());
+  request.set_name(file->name());
+  request.set_sha256(file->sha256());
+  v1::Dataset dataset;
+  PPFT_RETURN_IF_ERROR(context.Call(context.datasets(), &v1::DatasetService::StubInterface::CreateDataset, request, &dataset));
+  return dataset;
+}
+
+absl::Status JobFile::Upload(Context& context) {
+  for (const LocalFile& local : local_files_) {
+    PPFT_ASSIGN_OR_RETURN(const v1::Dataset dataset, UploadDataset(context, local.path));
+    local.dataset->set_path(dataset.id());
+  }
+  local_files_.clear();
+  if (adapter_folder_.empty()) return absl::OkStatus();
+  v1::CreateAdapterRequest request;
+  request.set_request_id(NewRequestId());
+  for (const char* name : kAdapterFiles) {
+    const auto file = net::UploadFile(context.blobs(), (fs::path(adapter_folder_) / name).string(), context.Transfers(absl::StrCat("uploading ", name)));
+    context.EndProgress();
+    if (!file.ok()) return context.Explain(file.status());
+    *request.add_files() = *file;
+  }
+  v1::ArtifactManifest adapter;
+  const absl::Status created = context.Call(context.artifacts(), &v1::ArtifactService::StubInterface::CreateAdapter, request, &adapter);
+  if (absl::IsInvalidArgument(created)) return absl::InvalidArgumentError(At("model.init_adapter", std::string(created.message())));
+  PPFT_RETURN_IF_ERROR(created);
+  parsed_.spec.mutable_model()->set_init_adapter(adapter.id());
+  adapter_folder_.clear();
+  return absl::OkStatus();
+}
+
+}  // namespace ppft::ctl

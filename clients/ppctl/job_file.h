@@ -1,0 +1,57 @@
+// A job.yaml on its way to the coordinator: read, checked with everything that this machine knows, its files uploaded and replaced by ids.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "clients/ppctl/commands.h"
+#include "common/spec/spec.h"
+
+namespace ppft::ctl {
+
+class JobFile {
+ public:
+  // Reads and parses; checks the local dataset files (row by row) and the local adapter folder. All complaints are printed on err, then the status is
+  // INVALID_ARGUMENT.
+  static absl::StatusOr<JobFile> Load(Context& context, const std::string& file, const std::vector<std::string>& overrides);
+  // The same for a text that stands for a file.
+  static absl::StatusOr<JobFile> FromText(Context& context, const std::string& name, const std::string& text, const std::string& base_folder,
+                                          const std::vector<std::string>& overrides);
+
+  const v1::JobSpec& spec() const { return parsed_.spec; }
+  v1::JobSpec* mutable_spec() { return &parsed_.spec; }
+
+  // Asks the model for what the file leaves open (the longest sequence).
+  absl::Status Resolve(Context& context);
+  // The coordinator's checks; its violations are printed at their places. Local paths stand in for ids until Upload.
+  absl::Status ValidateOnServer(Context& context);
+  // Prints violations at their places; INVALID_ARGUMENT if there are any.
+  absl::Status Report(Context& context, const google::protobuf::RepeatedPtrField<v1::Violation>& violations) const;
+  // Uploads what is local and puts the ids into the spec.
+  absl::Status Upload(Context& context);
+
+ private:
+  struct LocalFile {
+    v1::DatasetSpec* dataset;
+    std::string field;
+    std::string path;  // on this machine
+  };
+
+  void FindLocalFiles(google::protobuf::RepeatedPtrField<v1::DatasetSpec>* datasets, const std::string& field, const std::string& base_folder);
+  // One line for each complaint.
+  std::vector<std::string> CheckLocalFiles();
+  std::string CheckAdapterFolder(const std::string& base_folder);
+  std::string At(const std::string& field, const std::string& message) const;
+
+  spec::ParseResult parsed_;
+  std::vector<LocalFile> local_files_;
+  std::string adapter_folder_;  // "" = none
+  std::string subject_;         // what is wrong, in the closing line: the file's name
+};
+
+// Uploads a dataset file and makes a dataset of it.
+absl::StatusOr<v1::Dataset> UploadDataset(Context& context, const std::string& path);
+// "ds-" and 16 hex digits.
+bool IsDatasetId(const std::string& text);
+
+}  // namespace ppft::ctl

@@ -1,0 +1,262 @@
+// list, get, watch, cancel, events, logs, metrics, checkpoints.
+#include <thread>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "absl/time/clock.h"
+#include "clients/ppctl/commands.h"
+#include "clients/ppctl/follow.h"
+#include "clients/ppctl/format.h"
+#include "common/base/status.h"
+#include "common/net/channel.h"
+#include "common/net/status.h"
+#include "common/spec/suggest.h"
+
+namespace ppft::ctl {
+namespace {
+
+std::string Time(const google::protobuf::Timestamp& time) { return FormatTime(time, absl::LocalTimeZone()); }
+
+absl::StatusOr<v1::JobState> ParseState(const std::string& word) {
+  std::vector<std::string> words;
+  for (int i = 1; i <= v1::JobState_MAX; ++i) {
+    words.push_back(StateWord(static_cast<v1::JobState>(i)));
+    if (absl::EqualsIgnoreCase(words.back(), word)) return static_cast<v1::JobState>(i);
+  }
+  const std::string nearest = spec::Nearest(word, words);
+  return absl::InvalidArgumentError(absl::StrCat("\"", word, "\" is not a state", nearest.empty() ? "" : absl::StrCat("; did you mean ", nearest, "?"),
+                                                 " The states are ", absl::StrJoin(words, ", ")));
+}
+
+absl::StatusOr<v1::Job> FindJob(Context& context, const std::string& id) {
+  v1::GetJobRequest request;
+  request.set_id(id);
+  v1::Job job;
+  PPFT_RETURN_IF_ERROR(context.Call(context.jobs(), &v1::JobService::StubInterface::GetJob, request, &job));
+  return job;
+}
+
+void PrintJob(Context& context, const v1::Job& job) {
+  const v1::JobStatus& status = job.status();
+  std::vector<std::vector<std::string>> rows = {{"id", job.id()}, {"name", job.name()}, {"state", StateWord(status.state())}};
+  const auto add = [&](const char* name, const std::string& value) {
+    if (!value.empty()) rows.push_back({name, value});
+  };
+  add("reason", ReasonText(status.reason()));
+  if (status.queue_position() > 0) add("queue position", absl::StrCat(status.queue_position()));
+  add("model", job.spec().model().base_model());
+  if (status.step() > 0 || status.total_steps() > 0) add("progress", StepText(status));
+  if (status.step() > 0) {
+    add("epoch", absl::StrFormat("%.2f", status.epoch()));
+    add("tokens", absl::StrCat(FormatCount(static_cast<double>(status.tokens_seen())), " seen, ", FormatCount(static_cast<double>(status.supervised_tokens())),
+                               " supervised"));
+  }
+  if (status.has_first_eval_loss()) add("first eval_loss", FormatLoss(status.first_eval_loss()));
+  if (status.has_best_metric()) add("best eval_loss", absl::StrCat(FormatLoss(status.best_metric()), " at step ", status.best_step()));
+  if (status.checkpoint_step() > 0) add("checkpoint", absl::StrCat("step ", status.checkpoint_step()));
+  if (status.restarts() > 0) add("restarts", absl::StrCat(status.restarts()));
+  add("schedule", status.schedule());
+  for (const auto& at : status.assignment()) {
+    add(absl::StrCat("stage ", at.stage()).c_str(),
+        absl::StrCat(at.worker(), " ", at.device(), at.layers().empty() ? "" : absl::StrCat(", layers ", at.layers())));
+  }
+  add("created", Time(job.create_time()));
+  if (job.has_start_time()) add("started", Time(job.start_time()));
+  if (job.has_end_time()) add("ended", Time(job.end_time()));
+  context.out() << FormatTable(rows);
+}
+
+// Reads a job's stream of rows with seq to its end; with `follow` over lost connections too.
+template <typename Row, typename Open>
+Result ReadStream(Context& context, bool follow, const Open& open, const std::function<void(const Row&)>& print) {
+  int64_t after = 0;
+  net::Backoff backoff(absl::Milliseconds(250), absl::Seconds(5));
+  bool told = false;
+  for (const absl::Time start = absl::Now();;) {
+    grpc::ClientContext call;
+    net::SetDeadline(&call, follow ? absl::Hours(1) : std::max(context.timeout, absl::Minutes(5)));
+    auto stream = open(&call, after);
+    Row row;
+    while (stream->Read(&row)) {
+      after = std::max(after, row.seq());
+      backoff.Reset();
+      told = false;
+      context.Reached();
+      print(row);
+      context.out().flush();
+    }
+    const absl::Status status = net::StatusFromGrpc(stream->Finish());
+    if (status.ok()) return kOk;
+    const bool again = net::IsRetryable(status) && context.reached() && (follow || absl::Now() - start < context.timeout);
+    if (!again) return context.Explain(status);
+    if (!told && absl::IsUnavailable(status)) context.err() << "lost the connection to " << context.server << "; trying again" << std::endl;
+    told = true;
+    absl::SleepFor(backoff.Next());
+  }
+}
+
+std::string Optional(bool has, double value) { return has ? FormatLoss(value) : "-"; }
+
+}  // namespace
+
+Result ListJobs(Context& context, const ListOptions& options) {
+  v1::ListJobsRequest request;
+  request.set_page_size(1000);
+  for (const std::string& word : options.states) {
+    PPFT_ASSIGN_OR_RETURN(const v1::JobState state, ParseState(word));
+    request.add_states(state);
+  }
+  for (const std::string& label : options.labels) {
+    const std::vector<std::string> pair = absl::StrSplit(label, absl::MaxSplits('=', 1));
+    if (pair.size() != 2 || pair[0].empty()) return absl::InvalidArgumentError(absl::StrCat("\"", label, "\" is not a label: use --label KEY=VALUE"));
+    (*request.mutable_labels())[pair[0]] = pair[1];
+  }
+  v1::ListJobsResponse all;
+  do {
+    v1::ListJobsResponse page;
+    PPFT_RETURN_IF_ERROR(context.Call(context.jobs(), &v1::JobService::StubInterface::ListJobs, request, &page));
+    all.MergeFrom(page);
+    all.set_next_page_token("");
+    request.set_page_token(page.next_page_token());
+  } while (!request.page_token().empty());
+  if (context.PrintMessage(all)) return kOk;
+  std::vector<std::vector<std::string>> rows = {{"ID", "NAME", "STATE", "PROGRESS", "CREATED"}};
+  for (const v1::Job& job : all.jobs()) {
+    if (context.format == Format::kName) context.out() << job.id() << "\n";
+    const v1::JobStatus& status = job.status();
+    std::string progress = status.step() > 0 || status.total_steps() > 0 ? StepText(status)
+                           : status.queue_position() > 0                 ? absl::StrCat("position ", status.queue_position())
+                                                                         : "-";
+    rows.push_back({job.id(), job.name(), StateWord(status.state()), progress, Time(job.create_time())});
+  }
+  if (context.format == Format::kTable) {
+    if (all.jobs().empty()) {
+      context.err() << "no jobs\n";
+    } else {
+      context.out() << FormatTable(rows);
+    }
+  }
+  return kOk;
+}
+
+Result GetJob(Context& context, const std::string& id) {
+  PPFT_ASSIGN_OR_RETURN(const v1::Job job, FindJob(context, id));
+  if (context.format == Format::kName) {
+    context.out() << job.id() << "\n";
+  } else if (!context.PrintMessage(job)) {
+    PrintJob(context, job);
+  }
+  return kOk;
+}
+
+Result WatchJob(Context& context, const std::string& id) {
+  PPFT_ASSIGN_OR_RETURN(const v1::Job job, FindJob(context, id));
+  return Follow(context, job.id());
+}
+
+Result CancelJob(Context& context, const std::string& id) {
+  v1::CancelJobRequest request;
+  request.set_request_id(NewRequestId());
+  request.set_id(id);
+  v1::Job job;
+  PPFT_RETURN_IF_ERROR(context.Call(context.jobs(), &v1::JobService::StubInterface::CancelJob, request, &job));
+  if (context.format == Format::kName) {
+    context.out() << job.id() << "\n";
+  } else if (!context.PrintMessage(job)) {
+    context.out() << job.id() << " " << StateWord(job.status().state()) << "\n";
+  }
+  return kOk;
+}
+
+Result Events(Context& context, const std::string& id, bool follow) {
+  PPFT_ASSIGN_OR_RETURN(const v1::Job job, FindJob(context, id));
+  const auto open = [&](grpc::ClientContext* call, int64_t after) {
+    v1::StreamEventsRequest request;
+    request.set_job_id(job.id());
+    request.set_after_seq(after);
+    request.set_follow(follow);
+    return context.jobs()->StreamEvents(call, request);
+  };
+  return ReadStream<v1::Event>(context, follow, open, [&](const v1::Event& event) {
+    if (context.format == Format::kJson) {
+      context.out() << ToJson(event, false);
+    } else if (context.format == Format::kYaml) {
+      context.out() << "---\n" << ToYamlText(event);
+    } else {
+      const std::string move = event.from() == event.to() ? "" : absl::StrCat("-> ", StateWord(event.to()), "  ");
+      context.out() << Time(event.time()) << "  " << absl::StrFormat("%-12s", event.actor()) << "  " << move
+                    << (event.step() > 0 ? absl::StrCat("step ", event.step(), "  ") : "") << ReasonText(event.reason()) << "\n";
+    }
+  });
+}
+
+Result Logs(Context& context, const std::string& id, bool follow) {
+  PPFT_ASSIGN_OR_RETURN(const v1::Job job, FindJob(context, id));
+  const auto open = [&](grpc::ClientContext* call, int64_t after) {
+    v1::StreamLogsRequest request;
+    request.set_job_id(job.id());
+    request.set_after_seq(after);
+    request.set_follow(follow);
+    return context.jobs()->StreamLogs(call, request);
+  };
+  return ReadStream<v1::LogLine>(context, follow, open, [&](const v1::LogLine& line) {
+    if (context.format == Format::kJson) {
+      context.out() << ToJson(line, false);
+    } else if (context.format == Format::kYaml) {
+      context.out() << "---\n" << ToYamlText(line);
+    } else {
+      context.out() << Time(line.time()) << "  " << line.source() << "  " << (line.severity() == "INFO" ? "" : absl::StrCat(line.severity(), "  "))
+                    << Printable(line.text()) << "\n";
+    }
+  });
+}
+
+Result Metrics(Context& context, const std::string& id) {
+  PPFT_ASSIGN_OR_RETURN(const v1::Job job, FindJob(context, id));
+  v1::GetMetricsRequest request;
+  request.set_job_id(job.id());
+  request.set_after_step(-1);
+  v1::GetMetricsResponse all;
+  for (;;) {
+    v1::GetMetricsResponse page;
+    PPFT_RETURN_IF_ERROR(context.Call(context.jobs(), &v1::JobService::StubInterface::GetMetrics, request, &page));
+    if (page.rows().empty()) break;
+    all.MergeFrom(page);
+    if (page.rows(page.rows_size() - 1).step() <= request.after_step()) break;
+    request.set_after_step(page.rows(page.rows_size() - 1).step());
+  }
+  if (context.PrintMessage(all)) return kOk;
+  std::vector<std::vector<std::string>> rows = {{"STEP", "EPOCH", "LOSS", "EVAL_LOSS", "LEARNING_RATE", "GRAD_NORM", "TOKENS/S"}};
+  for (const v1::MetricRow& row : all.rows()) {
+    rows.push_back({absl::StrCat(row.step(), row.skipped() ? " skipped" : ""), absl::StrFormat("%.3f", row.epoch()), Optional(row.has_loss(), row.loss()),
+                    Optional(row.has_eval_loss(), row.eval_loss()), Optional(row.has_learning_rate(), row.learning_rate()),
+                    Optional(row.has_grad_norm(), row.grad_norm()), row.tokens_per_second() > 0 ? FormatCount(row.tokens_per_second()) : "-"});
+  }
+  context.out() << FormatTable(rows);
+  return kOk;
+}
+
+Result Checkpoints(Context& context, const std::string& id) {
+  PPFT_ASSIGN_OR_RETURN(const v1::Job job, FindJob(context, id));
+  v1::ListCheckpointsRequest request;
+  request.set_job_id(job.id());
+  v1::ListCheckpointsResponse response;
+  PPFT_RETURN_IF_ERROR(context.Call(context.artifacts(), &v1::ArtifactService::StubInterface::ListCheckpoints, request, &response));
+  if (context.PrintMessage(response)) return kOk;
+  std::vector<std::vector<std::string>> rows = {{"STEP", "EVAL_LOSS", "BEST", "SIZE", "CREATED"}};
+  for (const v1::CheckpointManifest& checkpoint : response.checkpoints()) {
+    int64_t bytes = 0;
+    for (const v1::FileRef& file : checkpoint.files()) bytes += file.size_bytes();
+    if (context.format == Format::kName) context.out() << "step:" << checkpoint.state().step() << "\n";
+    rows.push_back({absl::StrCat(checkpoint.state().step()), Optional(checkpoint.has_eval_loss(), checkpoint.eval_loss()), checkpoint.best() ? "best" : "-",
+                    FormatBytes(bytes), Time(checkpoint.create_time())});
+  }
+  if (context.format == Format::kTable) context.out() << FormatTable(rows);
+  return kOk;
+}
+
+}  // namespace ppft::ctl

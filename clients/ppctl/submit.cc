@@ -1,0 +1,112 @@
+// submit, validate and plan: the commands that take a job.yaml.
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "clients/ppctl/commands.h"
+#include "clients/ppctl/follow.h"
+#include "clients/ppctl/format.h"
+#include "clients/ppctl/job_file.h"
+#include "common/base/status.h"
+
+namespace ppft::ctl {
+namespace {
+
+// Everything that can be said without storing anything.
+absl::StatusOr<JobFile> Checked(Context& context, const JobFileOptions& options) {
+  PPFT_ASSIGN_OR_RETURN(JobFile job, JobFile::Load(context, options.file, options.overrides));
+  PPFT_RETURN_IF_ERROR(job.Resolve(context));
+  PPFT_RETURN_IF_ERROR(job.ValidateOnServer(context));
+  return job;
+}
+
+std::string Layers(const v1::StagePlan& stage) {
+  std::vector<std::string> parts;
+  if (stage.has_embedding()) parts.push_back("embedding");
+  if (stage.num_layers() == 1) parts.push_back(absl::StrCat("layer ", stage.first_layer()));
+  if (stage.num_layers() > 1) parts.push_back(absl::StrCat("layers ", stage.first_layer(), "-", stage.first_layer() + stage.num_layers() - 1));
+  if (stage.has_head()) parts.push_back("head");
+  return absl::StrJoin(parts, " + ");
+}
+
+std::string Place(const v1::Plan& plan, int stage) {
+  std::vector<std::string> places;
+  for (const v1::RankPlan& rank : plan.ranks()) {
+    for (const int held : rank.stages()) {
+      if (held != stage) continue;
+      places.push_back(rank.worker().empty() ? absl::StrCat("rank ", rank.rank()) : absl::StrCat(rank.worker(), " ", rank.device()));
+    }
+  }
+  return places.empty() ? "-" : absl::StrJoin(places, ", ");
+}
+
+void PrintPlan(Context& context, const v1::PlanJobResponse& response) {
+  const v1::Plan& plan = response.plan();
+  context.out() << "schedule " << (plan.schedule().empty() ? "-" : plan.schedule()) << ", " << plan.pipeline_parallel_size() << " pipeline stages x "
+                << plan.data_parallel_size() << " replicas, " << plan.num_microbatches() << " micro-batches of " << plan.microbatch_tokens() << " tokens, "
+                << absl::StrCat(static_cast<int>(plan.predicted_bubble_ratio() * 1000 + 0.5) / 10.0) << " % bubble predicted";
+  if (plan.total_steps() > 0) context.out() << ", " << plan.total_steps() << " steps";
+  context.out() << "\n\n";
+  std::vector<std::vector<std::string>> rows = {{"STAGE", "HOLDS", "WEIGHTS", "ADAPTER", "ACTIVATIONS", "SHARE", "ON"}};
+  double total = 0;
+  for (const v1::StagePlan& stage : plan.stages()) total += stage.forward_cost() + stage.backward_cost();
+  for (const v1::StagePlan& stage : plan.stages()) {
+    const double cost = stage.forward_cost() + stage.backward_cost();
+    rows.push_back({absl::StrCat(stage.stage()), Layers(stage), FormatBytes(stage.weight_bytes()), FormatBytes(stage.adapter_bytes()),
+                    FormatBytes(stage.activation_bytes()), absl::StrCat(total > 0 ? static_cast<int>(100 * cost / total + 0.5) : 0, " %"),
+                    Place(plan, stage.stage())});
+  }
+  context.out() << FormatTable(rows) << "\n";
+  for (const v1::RankPlan& rank : plan.ranks()) {
+    context.out() << "rank " << rank.rank() << ": about " << FormatBytes(rank.peak_bytes()) << ", at most " << rank.peak_activations()
+                  << " micro-batches in flight\n";
+  }
+  if (!plan.explanation().empty()) context.out() << plan.explanation() << "\n";
+  context.out() << (response.fits() ? "fits" : "does not fit") << ": needs " << response.devices_needed() << " devices, " << response.devices_present()
+                << " are there" << (response.reason().empty() ? "" : ". ") << response.reason() << "\n";
+}
+
+}  // namespace
+
+Result Validate(Context& context, const JobFileOptions& options) {
+  PPFT_ASSIGN_OR_RETURN(const JobFile job, Checked(context, options));
+  if (context.format == Format::kJson || context.format == Format::kYaml) {
+    context.PrintMessage(v1::ValidateJobResponse());
+  } else {
+    context.out() << options.file << ": valid\n";
+  }
+  return kOk;
+}
+
+Result Plan(Context& context, const JobFileOptions& options) {
+  PPFT_ASSIGN_OR_RETURN(const JobFile job, Checked(context, options));
+  v1::PlanJobRequest request;
+  *request.mutable_spec() = job.spec();
+  v1::PlanJobResponse response;
+  PPFT_RETURN_IF_ERROR(context.Call(context.jobs(), &v1::JobService::StubInterface::PlanJob, request, &response));
+  PPFT_RETURN_IF_ERROR(job.Report(context, response.violations()));
+  if (!context.PrintMessage(response)) PrintPlan(context, response);
+  return kOk;
+}
+
+Result Submit(Context& context, const JobFileOptions& options) {
+  PPFT_ASSIGN_OR_RETURN(JobFile job, Checked(context, options));
+  if (options.dry_run) {
+    if (!context.PrintMessage(job.spec())) context.out() << spec::ToYaml(job.spec());
+    context.err() << options.file << ": valid; nothing was submitted (--dry-run)\n";
+    return kOk;
+  }
+  PPFT_RETURN_IF_ERROR(job.Upload(context));
+  PPFT_RETURN_IF_ERROR(job.ValidateOnServer(context));
+  v1::SubmitJobRequest request;
+  request.set_request_id(options.request_id.empty() ? NewRequestId() : options.request_id);
+  *request.mutable_spec() = job.spec();
+  v1::Job submitted;
+  PPFT_RETURN_IF_ERROR(context.Call(context.jobs(), &v1::JobService::StubInterface::SubmitJob, request, &submitted));
+  const bool whole = context.format == Format::kJson || context.format == Format::kYaml;
+  if (!whole) context.out() << submitted.id() << std::endl;
+  if (options.follow) return Follow(context, submitted.id());
+  context.PrintMessage(submitted);
+  if (context.format == Format::kTable) context.err() << "submitted; follow it with: ppctl watch " << submitted.id() << "\n";
+  return kOk;
+}
+
+}  // namespace ppft::ctl
