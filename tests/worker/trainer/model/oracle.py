@@ -1,4 +1,5 @@
 """Random Llama models by transformers, LoRA by PEFT, and stage_model_tool run on the same input."""
+import itertools
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[4]
 TOOL = ROOT / "build" / "tests" / "stage_model_tool"
 ASSETS = pathlib.Path(os.environ.get("PPFT_ASSETS", ROOT.parent / "shared" / "assets"))
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_runs = itertools.count()
 
 
 def make_model(folder, seed=0, dtype=torch.float32, shard="10GB", **changes):
@@ -62,7 +64,7 @@ def microbatch(documents, supervised=None):
 
 
 def run_tool(tmp, model, microbatches, **request):
-    out = pathlib.Path(tmp) / "out.safetensors"
+    out = pathlib.Path(tmp) / f"out{next(_runs)}.safetensors"  # load_file maps it, so a later run must not overwrite it
     request.update(model=str(model), microbatches=microbatches, out=str(out))
     path = pathlib.Path(tmp) / "request.json"
     path.write_text(json.dumps(request))

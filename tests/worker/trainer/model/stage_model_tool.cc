@@ -5,17 +5,17 @@
 // Request: model (folder), stages [[first, layers], …], compute, r, scale, dropout, seed, targets, adapter (file, optional), chunk,
 // microbatches [{cu_seqlens, ids, target_rows, target_ids}], loss_weight, training, and what is wanted: logits, gradients (bool), greedy (tokens after
 // microbatch 0), merged (list of files, one per stage), merge_dtype, adapter_out (file), bench_steps; out (file).
-#include <chrono>
-#include <cstdio>
-#include <fstream>
-#include <iostream>
-#include <sstream>
-
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/tensor.h>
+
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <iostream>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "common/base/files.h"
 #include "common/base/status.h"

@@ -139,7 +139,7 @@ def test_packed_equals_unpacked_and_accumulated(tmp_path, base):
         assert relative(packed[key], single[key]) < 1e-5, key
 
 
-def test_stages_and_threads_give_the_same_bits(tmp_path, base):
+def test_stages_and_repeats_give_the_same_bits(tmp_path, base):
     docs = documents(211, PACKED)
     _, adapter = with_lora(load(base), tmp_path / "adapter")
     common = dict(gradients=True, adapter=adapter, targets=ALL, r=4, scale=3.0, loss_weight=0.01)
@@ -151,7 +151,7 @@ def test_stages_and_threads_give_the_same_bits(tmp_path, base):
         assert torch.equal(one[key], three[key]), key
 
 
-@pytest.mark.parametrize("compute, tolerance", [("BF16", 0.05), ("F16", 0.01)])
+@pytest.mark.parametrize("compute, tolerance", [("BF16", 0.1), ("F16", 0.01)])
 def test_narrow_compute_is_close(tmp_path, base, compute, tolerance):
     docs = documents(211, [20, 30])
     _, adapter = with_lora(load(base), tmp_path / "adapter")
