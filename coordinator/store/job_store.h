@@ -61,6 +61,9 @@ class JobStore {
   virtual absl::Status Release() = 0;     // of the newest savepoint
   virtual absl::Status RollbackTo() = 0;  // the newest savepoint, and ends it
 
+  // A number that is larger than all it gave before, over restarts: the coordinator's start number.
+  virtual absl::StatusOr<int64_t> NextStart() = 0;
+
   // Jobs. record.job.id, .request_id and the epoch in .status identify it; UpdateJob and UpdateJobStatus change the row only if its stored
   // epoch is `epoch` (FAILED_PRECONDITION "STALE_EPOCH…" otherwise). UpdateJobStatus writes status, times and seq alone.
   virtual absl::Status InsertJob(const v1::JobRecord& record) = 0;
@@ -84,7 +87,9 @@ class JobStore {
   // Metric rows: one training and one evaluation row per step (an evaluation row has eval_loss); a second one replaces the first.
   virtual absl::Status PutMetric(const std::string& job_id, const v1::MetricRow& row) = 0;
   virtual absl::StatusOr<std::vector<v1::MetricRow>> ListMetrics(const std::string& job_id, int64_t after_step, int limit) = 0;  // training before evaluation
-  virtual absl::Status DeleteMetricsAfter(const std::string& job_id, int64_t step) = 0;                                          // -1 = all
+  // The newest training (or evaluation) row, if there is one.
+  virtual absl::StatusOr<absl::optional<v1::MetricRow>> NewestMetric(const std::string& job_id, bool evaluation) = 0;
+  virtual absl::Status DeleteMetricsAfter(const std::string& job_id, int64_t step) = 0;  // -1 = all
 
   // Checkpoints by (job, step). Putting one again replaces it.
   virtual absl::Status PutCheckpoint(const v1::CheckpointManifest& manifest) = 0;

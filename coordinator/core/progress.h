@@ -1,0 +1,28 @@
+// How reports change what a job shows of itself. PURE.
+#pragma once
+
+#include <vector>
+
+#include "absl/types/optional.h"
+#include "ppft/v1/checkpoint.pb.h"
+#include "ppft/v1/job.pb.h"
+#include "ppft/v1/plan.pb.h"
+#include "ppft/v1/trainer.pb.h"
+
+namespace ppft::coordinator {
+
+void ApplyStep(v1::JobStatus& status, const v1::StepReport& report);
+void ApplyEval(v1::JobStatus& status, const v1::EvalReport& report);
+
+// After an attempt was given up the job stands where its newest checkpoint does; without one, at the beginning. `train` and `eval` are the
+// newest rows that are left.
+void RewindTo(v1::JobStatus& status, const v1::CheckpointManifest* checkpoint, const absl::optional<v1::MetricRow>& train,
+              const absl::optional<v1::MetricRow>& eval);
+
+// The new attempt's layout as shown to people.
+void ShowPlan(v1::JobStatus& status, const v1::Plan& plan);
+
+// "0-2" or "0-1,4-5": the layers of the stages that a rank holds.
+std::string LayersOf(const v1::Plan& plan, const v1::RankPlan& rank);
+
+}  // namespace ppft::coordinator

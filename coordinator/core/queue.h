@@ -1,0 +1,43 @@
+// Who starts next: priority, then first come. PURE.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "absl/types/optional.h"
+#include "ppft/v1/cluster.pb.h"
+#include "ppft/v1/plan.pb.h"
+#include "ppft/v1/stored.pb.h"
+
+namespace ppft::coordinator {
+
+// A device that a job may be laid on.
+struct OfferedDevice {
+  std::string worker;
+  v1::Device device;
+};
+
+// The planner's answer for one job on some devices.
+struct PlanAttempt {
+  absl::optional<v1::Plan> plan;
+  int devices_needed = 0;  // at least this many; 0 = unknown
+  std::string message;     // why there is no plan
+};
+using PlanFunction = std::function<PlanAttempt(const v1::JobRecord&, const std::vector<OfferedDevice>&)>;
+
+struct QueueDecision {
+  std::string job_id;
+  absl::optional<v1::Plan> plan;  // start with it; unset: wait
+  v1::Reason reason;              // why it waits; why this plan
+  int position = 0;               // among those that wait, from 1
+};
+
+// Goes through the queued jobs by (priority descending, submit_order). A job starts if it can be laid on the devices that are free. If it
+// cannot, but could on all devices of the cluster, it is the head that waits, and nobody behind it starts: devices that become free are its
+// own. If even the whole cluster is too small, it waits with NO_CAPACITY and lets others pass, as does one whose backoff is not over.
+std::vector<QueueDecision> DecideQueue(std::vector<const v1::JobRecord*> queued, std::vector<OfferedDevice> free, const std::vector<OfferedDevice>& all,
+                                       const PlanFunction& plan, int64_t now_unix_ms);
+
+}  // namespace ppft::coordinator

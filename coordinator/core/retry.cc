@@ -1,0 +1,74 @@
+#include "coordinator/core/retry.h"
+
+#include <algorithm>
+#include <csignal>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/core/job_state.h"
+
+namespace ppft::coordinator {
+namespace {
+
+constexpr int kPoisonFailures = 3;
+constexpr absl::Duration kFirstDelay = absl::Milliseconds(500);
+constexpr absl::Duration kLongestDelay = absl::Seconds(30);
+
+}  // namespace
+
+Failure FailureOf(const v1::Failure& report, int64_t status_step) {
+  Failure failure{report.reason(), std::max(report.step(), status_step), false};
+  if (failure.reason.code().empty()) failure.reason.set_code("INTERNAL");
+  if (failure.reason.owner().empty()) failure.reason.set_owner(MakeReason(failure.reason.code(), "").owner());
+  if (failure.reason.owner().empty()) failure.reason.set_owner("INFRASTRUCTURE");
+  const std::string& code = failure.reason.code();
+  failure.deterministic = code != "COMM_ERROR" && code != "WORKER_LOST" && code != "STAGE_HUNG" && code != "DISK_FULL" && code != "STALE_EPOCH";
+  return failure;
+}
+
+Failure FailureOf(const v1::Exited& report, int32_t rank, const std::string& worker, int64_t status_step) {
+  const std::string who = absl::StrCat("the trainer of rank ", rank, " on ", worker);
+  std::string how = report.signal() != 0 ? absl::StrCat(" was ended by signal ", report.signal(), " (", strsignal(report.signal()), ")")
+                                         : absl::StrCat(" exited with status ", report.status(), " without a reason");
+  if (!report.detail().empty()) absl::StrAppend(&how, ": ", report.detail());
+  Failure failure{MakeReason("WORKER_CRASHED", absl::StrCat(who, how)), status_step, true};
+  for (const int kill : {SIGKILL, SIGTERM, SIGINT, SIGHUP, SIGPIPE}) {
+    if (report.signal() == kill) failure.deterministic = false;
+  }
+  return failure;
+}
+
+int CauseWeight(const v1::Reason& reason) {
+  if (reason.owner() == "USER") return 3;
+  return reason.code() == "COMM_ERROR" ? 1 : 2;
+}
+
+RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, int max_restarts) {
+  RetryDecision decision;
+  decision.reason = failure.reason;
+  decision.state = state;
+  const bool same = failure.deterministic && state.last_code() == failure.reason.code() && state.last_step() == failure.step;
+  decision.state.set_last_code(failure.deterministic ? failure.reason.code() : "");
+  decision.state.set_last_step(failure.step);
+  decision.state.set_same_failures_in_a_row(!failure.deterministic ? 0 : same ? state.same_failures_in_a_row() + 1 : 1);
+  decision.state.set_not_before_unix_ms(0);
+  if (failure.reason.owner() == "USER") return decision;
+  if (decision.state.same_failures_in_a_row() >= kPoisonFailures) {
+    decision.reason =
+        MakeReason("POISON_STEP", absl::StrCat("the step after ", failure.step, " failed ", kPoisonFailures, " times in a row: ", failure.reason.message()),
+                   "look at the job's log; the cause lies in the job's data or settings, another attempt would fail again");
+    return decision;
+  }
+  const int restarts = state.restarts_since_checkpoint() + 1;
+  if (restarts > max_restarts) {
+    decision.reason.set_message(absl::StrCat(failure.reason.message(), " (after ", max_restarts, " restarts without a new checkpoint)"));
+    decision.reason.set_remedy("repair the cause, then submit again; limits.max_restarts sets how often a job restarts by itself");
+    return decision;
+  }
+  decision.restart = true;
+  decision.state.set_restarts_since_checkpoint(restarts);
+  if (restarts >= 2) decision.delay = std::min(kLongestDelay, kFirstDelay * (int64_t{1} << std::min(restarts - 2, 10)));
+  return decision;
+}
+
+}  // namespace ppft::coordinator

@@ -1,0 +1,79 @@
+#include "coordinator/job_planner.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/base/status.h"
+#include "common/data/batch_plan.h"
+#include "common/model/config.h"
+
+namespace ppft::coordinator {
+
+absl::StatusOr<int64_t> JobPlanner::TotalSteps(const v1::JobRecord& record) {
+  const v1::JobSpec& spec = record.job().spec();
+  if (spec.training().has_max_steps()) return spec.training().max_steps();
+  if (!record.has_prepared()) return 0;
+  if (const auto it = total_steps_.find(record.job().id()); it != total_steps_.end()) return it->second;
+  const v1::TrainingSpec& training = spec.training();
+  data::SamplerOptions options;
+  options.seed = static_cast<uint64_t>(spec.seed());
+  options.shuffle = spec.data().shuffle();
+  options.sample_packing = spec.data().sample_packing();
+  options.sequence_len = spec.data().sequence_len();
+  options.micro_batch_size = training.micro_batch_size();
+  options.data_parallel_size = std::max(1, spec.parallel().data_parallel_size());
+  options.num_microbatches = training.has_global_batch_size() ? training.global_batch_size() / (training.micro_batch_size() * options.data_parallel_size)
+                                                              : training.gradient_accumulation_steps();
+  data::RowSizes sizes;
+  const v1::TokenStatistics& train = record.prepared().train();
+  sizes.tokens.assign(train.lengths().begin(), train.lengths().end());
+  sizes.targets.assign(train.targets().begin(), train.targets().end());
+  PPFT_ASSIGN_OR_RETURN(data::Sampler sampler, data::Sampler::Create(std::move(sizes), options));
+  return total_steps_[record.job().id()] = sampler.TotalSteps(training.num_epochs(), 0);
+}
+
+absl::StatusOr<PlanRequest> JobPlanner::RequestFor(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices) {
+  PlanRequest request;
+  request.spec = record.job().spec();
+  PPFT_ASSIGN_OR_RETURN(request.config, model::ParseModelConfig(model.config(), absl::StrCat(model.model().name(), "/config.json")));
+  PPFT_ASSIGN_OR_RETURN(request.total_steps, TotalSteps(record));
+  const v1::TokenStatistics& train = record.prepared().train();
+  if (train.tokens() > 0 && train.supervised_tokens() > 0) {
+    request.supervised_ratio = std::min(1.0, static_cast<double>(train.supervised_tokens()) / static_cast<double>(train.tokens()));
+  }
+  for (const OfferedDevice& offered : devices) {
+    request.devices.push_back(
+        PlanDevice{offered.worker, offered.device.id(), offered.device.kind(), offered.device.memory_bytes(), std::max(1, offered.device.threads())});
+  }
+  return request;
+}
+
+absl::StatusOr<PlanDraft> JobPlanner::Draft(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices) {
+  PPFT_ASSIGN_OR_RETURN(const PlanRequest request, RequestFor(record, model, devices));
+  return DraftPlan(request);
+}
+
+PlanAttempt JobPlanner::Plan(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices) {
+  PlanAttempt attempt;
+  const absl::StatusOr<PlanRequest> request = RequestFor(record, model, devices);
+  if (!request.ok()) {
+    attempt.message = std::string(request.status().message());
+    return attempt;
+  }
+  absl::StatusOr<PlanDraft> draft = DraftPlan(*request);
+  absl::Status status = draft.status();
+  if (draft.ok()) {
+    attempt.devices_needed = draft->devices_needed;
+    status = draft->fit;
+  }
+  if (status.ok()) status = CheckPlan(draft->plan, request->config.num_layers);
+  if (status.ok()) {
+    attempt.plan = std::move(draft->plan);
+  } else {
+    attempt.message = std::string(status.message());
+  }
+  return attempt;
+}
+
+}  // namespace ppft::coordinator

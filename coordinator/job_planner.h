@@ -1,0 +1,29 @@
+// The planner as the controller calls it: spec, prepared data and model of a job become a request, its answer a PlanAttempt.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "coordinator/core/planner/planner.h"
+#include "coordinator/core/queue.h"
+#include "ppft/v1/stored.pb.h"
+
+namespace ppft::coordinator {
+
+// Pure but for a cache of step counts, which cost a pass over all rows. One thread.
+class JobPlanner {
+ public:
+  PlanAttempt Plan(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices);
+  // What PlanJob shows; also for a job whose data is not prepared.
+  absl::StatusOr<PlanDraft> Draft(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices);
+
+ private:
+  absl::StatusOr<PlanRequest> RequestFor(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices);
+  absl::StatusOr<int64_t> TotalSteps(const v1::JobRecord& record);
+
+  std::map<std::string, int64_t> total_steps_;  // job -> steps
+};
+
+}  // namespace ppft::coordinator

@@ -1,0 +1,280 @@
+// Workers: who is there, what they are told, and when they count as lost.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "common/base/logging.h"
+#include "coordinator/core/checkpoints.h"
+#include "coordinator/core/directive.h"
+#include "coordinator/core/job_state.h"
+#include "coordinator/job_controller.h"
+
+namespace ppft::coordinator {
+namespace {
+
+google::protobuf::Duration ToProto(absl::Duration duration) {
+  google::protobuf::Duration proto;
+  const int64_t nanos = absl::ToInt64Nanoseconds(duration);
+  proto.set_seconds(nanos / 1000000000);
+  proto.set_nanos(static_cast<int32_t>(nanos % 1000000000));
+  return proto;
+}
+
+absl::Status CheckHello(const v1::WorkerHello& hello) {
+  if (hello.name().empty() || hello.name().size() > 63) return absl::InvalidArgumentError("hello.name must have 1 to 63 characters");
+  if (hello.incarnation().empty()) return absl::InvalidArgumentError("hello.incarnation is empty");
+  std::set<std::string> ids;
+  for (const v1::Device& device : hello.devices()) {
+    if (device.id().empty() || !ids.insert(device.id()).second) {
+      return absl::InvalidArgumentError(absl::StrCat("hello.devices: \"", device.id(), "\" is empty or there twice"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+JobController::WorkerEntry& JobController::EntryOf(const std::string& name) {
+  const auto [it, added] = workers_.try_emplace(name);
+  if (added) {
+    it->second.shown.set_name(name);
+    it->second.last_seen = options_.steady();
+  }
+  return it->second;
+}
+
+JobController::WorkerEntry* JobController::ByLink(const std::shared_ptr<WorkerLink>& link) {
+  for (auto& [name, worker] : workers_) {
+    if (worker.link == link) return &worker;
+  }
+  return nullptr;
+}
+
+absl::Status JobController::OnHello(const std::shared_ptr<WorkerLink>& link, const v1::WorkerHello& hello) {
+  if (absl::Status status = CheckHello(hello); !status.ok()) return status;
+  WorkerEntry& worker = EntryOf(hello.name());
+  if (worker.link != nullptr && worker.link != link) {
+    after_commit_.push_back([old = worker.link, name = hello.name()] { old->Close(absl::AbortedError(absl::StrCat("worker ", name, " connected again"))); });
+  }
+  const bool known = worker.shown.incarnation() == hello.incarnation();
+  if (!known) {
+    // Its trainers died with the old agent.
+    if (!worker.shown.incarnation().empty()) LoseRanks(worker, "was restarted");
+    worker.acked_seq = 0;
+    worker.row_changed = true;
+    worker.applied_revision = 0;
+  }
+  worker.shown.set_incarnation(hello.incarnation());
+  worker.shown.set_version(hello.version());
+  worker.shown.set_address(hello.address());
+  *worker.shown.mutable_devices() = hello.devices();
+  worker.shown.mutable_connect_time()->set_seconds(now_unix_ms() / 1000);
+  worker.link = link;
+  worker.lost = false;
+  worker.last_seen = options_.steady();
+  worker.directive_due = true;
+  worker.running.clear();
+  for (const v1::RankKey& key : hello.running()) worker.running.insert({key.job_id(), key.epoch(), key.rank()});
+  queue_changed_ = true;
+  LogInfo("worker ", hello.name(), known ? " is back" : " connected", " with ", hello.devices_size(), " devices at ", hello.address());
+  v1::CoordinatorMessage message;
+  *message.mutable_welcome()->mutable_heartbeat_interval() = ToProto(options_.heartbeat_interval);
+  *message.mutable_welcome()->mutable_lease() = ToProto(options_.lease);
+  message.mutable_welcome()->set_acked_seq(worker.acked_seq);
+  after_commit_.push_back([link, message = std::move(message)] { link->Send(message); });
+  return absl::OkStatus();
+}
+
+absl::Status JobController::OnWorkerMessage(const std::shared_ptr<WorkerLink>& link, const v1::WorkerMessage& message) {
+  WorkerEntry* worker = ByLink(link);
+  if (worker == nullptr) return absl::FailedPreconditionError("the stream was replaced");
+  worker->last_seen = options_.steady();
+  if (worker->lost) {
+    worker->lost = false;  // the same agent after a long silence
+    worker->directive_due = true;
+    queue_changed_ = true;
+  }
+  if (message.has_heartbeat()) {
+    std::set<Key> running;
+    for (const v1::RankKey& key : message.heartbeat().running()) running.insert({key.job_id(), key.epoch(), key.rank()});
+    if (running != worker->running) queue_changed_ = true;
+    worker->running = std::move(running);
+    worker->applied_revision = message.heartbeat().applied_revision();
+  }
+  if (message.has_report()) OnReport(*worker, message.report());
+  return absl::OkStatus();
+}
+
+void JobController::OnWorkerClosed(const std::shared_ptr<WorkerLink>& link) {
+  WorkerEntry* worker = ByLink(link);
+  if (worker == nullptr) return;
+  LogInfo("worker ", worker->shown.name(), ": the connection ended");
+  worker->link = nullptr;
+  worker->last_seen = options_.steady();
+  queue_changed_ = true;
+}
+
+void JobController::TickWorkers() {
+  int ready = 0, lost = 0;
+  const absl::Time now = options_.steady();
+  for (auto& [name, worker] : workers_) {
+    const absl::Duration age = now - worker.last_seen;
+    if (!worker.lost && age > options_.lease) {
+      worker.lost = true;
+      queue_changed_ = true;
+      LoseRanks(worker, absl::StrCat("did not answer for ", absl::ToInt64Seconds(age), " s"));
+      LogWarning("worker ", name, " is lost: silent for ", absl::FormatDuration(absl::Trunc(age, absl::Seconds(1))));
+    }
+    (worker.lost || worker.link == nullptr ? lost : ready) += 1;
+    if (worker.link != nullptr) metrics_->SetWorkerHeartbeatAge(name, age);
+  }
+  metrics_->SetWorkers("ready", ready);
+  metrics_->SetWorkers("lost", lost);
+}
+
+void JobController::LoseRanks(const WorkerEntry& worker, const std::string& why) {
+  for (auto& [id, job] : jobs_) {
+    if (!HasRanks(job.record.job().status().state())) continue;
+    for (const v1::RankPlan& rank : job.record.plan().ranks()) {
+      if (rank.worker() != worker.shown.name()) continue;
+      OnFailure(job, Failure{MakeReason("WORKER_LOST", absl::StrCat("worker ", rank.worker(), " ", why)), job.record.job().status().step(), false});
+      break;
+    }
+  }
+}
+
+void JobController::DirectivesChanged(const JobEntry& job) {
+  for (const v1::RankPlan& rank : job.record.plan().ranks()) EntryOf(rank.worker()).directive_due = true;
+}
+
+v1::Directive JobController::DirectiveFor(const std::string& name) {
+  v1::Directive directive;
+  for (auto& [id, job] : jobs_) {
+    if (!HasRanks(job.record.job().status().state())) continue;
+    AttemptInputs inputs;
+    for (const v1::RankPlan& rank : job.record.plan().ranks()) {
+      if (rank.worker() != name) continue;
+      if (inputs.record == nullptr) {
+        const auto model = Model(job.record.job().spec().model().base_model());
+        if (!model.ok()) {
+          LogError(id, ": ", model.status().ToString());
+          break;
+        }
+        inputs.record = &job.record;
+        inputs.model = *model;
+        inputs.init_adapter = job.init_adapter;
+        inputs.endpoints = &job.endpoints;
+        inputs.best = BestCheckpoint(job.checkpoints);
+        for (const v1::CheckpointManifest& manifest : job.checkpoints) {
+          if (manifest.state().step() == job.record.resume_step()) inputs.resume = &manifest;
+        }
+      }
+      *directive.add_ranks() = DirectiveOf(inputs, rank);
+    }
+  }
+  return directive;
+}
+
+void JobController::SendDirectives() {
+  for (auto& [name, worker] : workers_) {
+    if (!worker.directive_due || worker.link == nullptr) continue;
+    worker.directive_due = false;
+    v1::CoordinatorMessage message;
+    *message.mutable_directive() = DirectiveFor(name);
+    message.mutable_directive()->set_revision(next_revision_);
+    for (Remnant& remnant : remnants_) {
+      if (remnant.worker == name && remnant.revision == 0) remnant.revision = next_revision_;
+    }
+    ++next_revision_;
+    worker.link->Send(std::move(message));
+  }
+}
+
+bool JobController::IsGone(const Remnant& remnant) const {
+  const auto it = workers_.find(remnant.worker);
+  if (it == workers_.end()) return true;
+  const WorkerEntry& worker = it->second;
+  if (worker.shown.incarnation() != remnant.incarnation || worker.lost) return true;
+  return worker.link != nullptr && remnant.revision > 0 && worker.applied_revision >= remnant.revision && worker.running.count(remnant.key) == 0;
+}
+
+void JobController::SweepRemnants() {
+  const size_t before = remnants_.size();
+  remnants_.erase(std::remove_if(remnants_.begin(), remnants_.end(), [this](const Remnant& remnant) { return IsGone(remnant); }), remnants_.end());
+  if (remnants_.size() != before) queue_changed_ = true;
+  for (auto& [id, job] : jobs_) FinishGivingUp(job);
+}
+
+bool JobController::IsWanted(const Key& key) const {
+  const auto it = jobs_.find(std::get<0>(key));
+  if (it == jobs_.end()) return false;
+  const v1::JobStatus& status = it->second.record.job().status();
+  return HasRanks(status.state()) && status.attempt_epoch() == std::get<1>(key);
+}
+
+std::vector<OfferedDevice> JobController::AllDevices() const {
+  std::vector<OfferedDevice> devices;
+  for (const auto& [name, worker] : workers_) {
+    if (worker.lost) continue;
+    for (const v1::Device& device : worker.shown.devices()) devices.push_back(OfferedDevice{name, device});
+  }
+  return devices;
+}
+
+std::vector<OfferedDevice> JobController::FreeDevices() const {
+  std::set<std::pair<std::string, std::string>> busy;
+  for (const auto& [id, job] : jobs_) {
+    if (!HasRanks(job.record.job().status().state())) continue;
+    for (const v1::RankPlan& rank : job.record.plan().ranks()) busy.insert({rank.worker(), rank.device()});
+  }
+  for (const Remnant& remnant : remnants_) busy.insert({remnant.worker, remnant.device});
+  std::vector<OfferedDevice> devices;
+  for (const auto& [name, worker] : workers_) {
+    if (worker.lost || worker.link == nullptr) continue;
+    // A rank that lives but is not wanted holds a device; its job's newest plan may not say which.
+    bool strangers = false;
+    for (const Key& key : worker.running) {
+      const bool known = std::any_of(remnants_.begin(), remnants_.end(), [&](const Remnant& remnant) { return remnant.key == key; });
+      strangers = strangers || (!known && !IsWanted(key));
+    }
+    if (strangers) continue;
+    for (const v1::Device& device : worker.shown.devices()) {
+      if (busy.count({name, device.id()}) == 0) devices.push_back(OfferedDevice{name, device});
+    }
+  }
+  return devices;
+}
+
+void JobController::DeviceCounts(int* all, int* free) const {
+  int present = 0;
+  for (const auto& [name, worker] : workers_) {
+    if (!worker.lost && worker.link != nullptr) present += worker.shown.devices_size();
+  }
+  *all = present;
+  *free = static_cast<int>(FreeDevices().size());
+}
+
+std::vector<v1::Worker> JobController::Workers() const {
+  std::vector<v1::Worker> shown;
+  for (const auto& [name, worker] : workers_) {
+    v1::Worker row = worker.shown;
+    row.set_state(worker.lost || worker.link == nullptr ? "lost" : "ready");
+    *row.mutable_heartbeat_age() = ToProto(options_.steady() - worker.last_seen);
+    for (const auto& [id, job] : jobs_) {
+      if (!HasRanks(job.record.job().status().state())) continue;
+      for (const v1::RankPlan& rank : job.record.plan().ranks()) {
+        if (rank.worker() != name) continue;
+        v1::Lease& lease = *row.add_leases();
+        lease.set_device(rank.device());
+        lease.set_job_id(id);
+        lease.set_rank(rank.rank());
+        lease.set_epoch(job.record.job().status().attempt_epoch());
+      }
+    }
+    shown.push_back(std::move(row));
+  }
+  return shown;
+}
+
+}  // namespace ppft::coordinator
