@@ -1,0 +1,57 @@
+#include "worker/trainer/engine/failure.h"
+
+#include "absl/strings/cord.h"
+#include "worker/trainer/comm/transport.h"
+
+namespace ppft::trainer {
+namespace {
+
+constexpr char kCode[] = "ppft/reason-code";
+constexpr char kOwner[] = "ppft/reason-owner";
+constexpr char kRemedy[] = "ppft/reason-remedy";
+
+std::string PayloadOf(const absl::Status& status, const char* url) {
+  const absl::optional<absl::Cord> payload = status.GetPayload(url);
+  return payload.has_value() ? std::string(*payload) : std::string();
+}
+
+}  // namespace
+
+absl::Status WithReason(absl::Status status, absl::string_view code, absl::string_view owner, absl::string_view remedy) {
+  if (status.ok() || !PayloadOf(status, kCode).empty()) return status;
+  status.SetPayload(kCode, absl::Cord(code));
+  status.SetPayload(kOwner, absl::Cord(owner));
+  status.SetPayload(kRemedy, absl::Cord(remedy));
+  return status;
+}
+
+FailureReport DescribeFailure(const absl::Status& status, int64_t step) {
+  FailureReport report;
+  report.message = std::string(status.message());
+  report.step = step;
+  report.peer = PeerOf(status);
+  report.code = PayloadOf(status, kCode);
+  report.owner = PayloadOf(status, kOwner);
+  report.remedy = PayloadOf(status, kRemedy);
+  if (!report.code.empty()) return report;
+  if (report.peer >= 0) {
+    report.code = "COMM_ERROR";
+    report.owner = "INFRASTRUCTURE";
+    report.remedy = "the job starts again from its newest checkpoint; look at the log of the rank that was not reachable";
+  } else if (absl::IsResourceExhausted(status)) {
+    report.code = "OUT_OF_DEVICE_MEMORY";
+    report.owner = "USER";
+    report.remedy = "lower training.micro_batch_size or data.sequence_len, or use more pipeline stages";
+  } else if (absl::IsInvalidArgument(status)) {
+    report.code = "SPEC_INVALID";
+    report.owner = "USER";
+    report.remedy = "correct the job and submit it again";
+  } else {
+    report.code = "DEVICE_ERROR";
+    report.owner = "INFRASTRUCTURE";
+    report.remedy = "look at the worker's log";
+  }
+  return report;
+}
+
+}  // namespace ppft::trainer

@@ -1,0 +1,139 @@
+// One rank's whole run: load, connect, train, export. The step loop is here; what it is made of lies in the files beside it.
+//
+// Thread: one, but for the statistics that a thread of this class sends. All decisions (skip, stop, best, checkpoint) are functions of values that all ranks
+// gather, so that no rank has to be told.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "common/data/batch_plan.h"
+#include "common/model/config.h"
+#include "common/pipeline/action.h"
+#include "common/pipeline/mesh.h"
+#include "worker/trainer/beat.h"
+#include "worker/trainer/comm/collectives.h"
+#include "worker/trainer/comm/tcp_transport.h"
+#include "worker/trainer/engine/activity.h"
+#include "worker/trainer/engine/adapter_state.h"
+#include "worker/trainer/engine/batches.h"
+#include "worker/trainer/engine/config.h"
+#include "worker/trainer/engine/interpreter.h"
+#include "worker/trainer/engine/report.h"
+#include "worker/trainer/model/stage_model.h"
+#include "worker/trainer/optim/loss_scaler.h"
+
+namespace ppft::trainer {
+
+// StageModel::Create, or a stand-in in tests.
+using StageFactory =
+    std::function<absl::StatusOr<std::unique_ptr<StageModel>>(const model::ModelConfig& config, const StageOptions& options, const TensorSource& source)>;
+
+class Trainer {
+ public:
+  // `reporter` and `beat` (may be null) outlive this object.
+  Trainer(TrainerConfig config, Reporter* reporter, Beat* beat, StageFactory factory = StageModel::Create);
+  ~Trainer();
+
+  // Model, data, checkpoint. Errors carry their reason (failure.h).
+  absl::Status Load();
+  // `endpoints` by rank.
+  absl::Status Connect(TcpListener listener, const std::vector<std::string>& endpoints);
+  // Trains from where it stands and exports. OK: everything was reported.
+  absl::Status Run();
+  // The peers fail with this rank's name; any thread.
+  void Abort(const absl::Status& cause);
+
+  int64_t step() const { return activity_.step(); }
+
+ private:
+  // What a step gathers over all ranks.
+  struct StepSums {
+    double loss_sum = 0;
+    std::vector<double> squares;  // of the gradients, per parameter of the model in model order
+  };
+
+  absl::Status LoadData();
+  absl::Status LoadStages();
+  absl::Status LoadAdapterState();
+  absl::Status RestoreCheckpoint();
+  void StartStats();
+
+  absl::Status Train();
+  absl::Status TrainStep(int64_t step);
+  absl::StatusOr<StepSums> GatherSums(double loss_sum);
+  // NUMERIC_DIVERGENCE that names the loss or the first parameter whose gradient is not finite; OK if all are.
+  absl::Status CheckFinite(const StepSums& sums, const data::StepPlan& plan) const;
+  void ReportStep(const data::StepPlan& plan, double loss, double learning_rate, double grad_norm, bool skipped);
+
+  bool has_eval() const { return eval_data_ != nullptr; }
+  bool EvalDue(int64_t step) const;
+  bool StopsEarly() const;
+  // Mean -log p over all targets of the evaluation rows; updates the best and the patience.
+  absl::Status Evaluate(int64_t step, bool* new_best, std::optional<double>* eval_loss);
+  absl::StatusOr<double> EvaluationLoss();
+  absl::Status WriteCheckpoint(bool best, const std::optional<double>& eval_loss);
+
+  absl::Status Export();
+  absl::Status WriteArtifacts(ExportWritten* written, std::string* adapter_path, std::string* merged_path);
+  // Forward of the probe through the pipeline; logits [probe, vocab] on the last stage.
+  absl::Status ProbeLogits(const std::vector<int32_t>& probe, at::Tensor* logits);
+  absl::Status Verify(const std::string& adapter_path, const std::string& merged_path, std::vector<Verification>* verifications);
+  absl::StatusOr<double> DifferenceToAll(const at::Tensor& a, const at::Tensor& b);
+  absl::StatusOr<std::map<int, std::unique_ptr<StageModel>>> MergedStages(const std::string& merged_path);
+
+  const PlanSpec& plan() const { return config_.plan; }
+  bool is_reporter() const;  // replica 0's last stage
+  StageOptions OptionsOf(int stage) const;
+  std::vector<StageModel*> Stages() const;
+  std::map<int, StageModel*> StageMap() const;
+  std::vector<std::string> AllParameterNames() const;  // of the whole model, in model order
+  void FillState(int64_t step);
+  void Log(const std::string& text) { reporter_->Log(Severity::kInfo, text); }
+
+  // Constant after Load.
+  const TrainerConfig config_;
+  Reporter* const reporter_;
+  const StageFactory factory_;
+  const pipeline::Mesh mesh_;
+  model::ModelConfig model_config_;
+  at::ScalarType compute_ = at::kFloat;
+  pipeline::Program program_;
+  pipeline::Program eval_program_;  // of eval_window_ micro-batches
+  int eval_window_ = 0;
+  std::unique_ptr<TokenData> train_data_;
+  std::unique_ptr<TokenData> eval_data_;
+  std::vector<data::Microbatch> eval_plan_;  // of this replica
+  int64_t eval_rounds_ = 0;                  // micro-batches per replica, the same on all
+  int64_t eval_targets_ = 0;                 // of all replicas
+
+  Activity activity_;
+  std::optional<data::Sampler> sampler_;
+  TensorSource base_;
+  std::map<int, std::unique_ptr<StageModel>> stages_;
+  std::unique_ptr<Transport> transport_;
+  std::unique_ptr<Group> world_;
+  std::unique_ptr<Group> replicas_;
+  std::unique_ptr<AdapterState> adapter_;
+  std::unique_ptr<Interpreter> interpreter_;
+  LossScaler scaler_;
+  TrainingState state_;
+  int64_t next_pass_ = 1;
+  int64_t checkpoint_step_ = -1;  // of the newest that this process wrote or read
+
+  // Since the last step report.
+  absl::Time reported_at_;
+  int64_t reported_tokens_ = 0;
+
+  class StatsThread;
+  std::unique_ptr<StatsThread> stats_;
+};
+
+}  // namespace ppft::trainer

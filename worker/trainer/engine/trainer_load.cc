@@ -1,0 +1,214 @@
+// Trainer: what happens before the first step.
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
+#include "common/base/sha256.h"
+#include "common/base/status.h"
+#include "common/model/peft.h"
+#include "common/pipeline/lowering.h"
+#include "common/pipeline/schedule.h"
+#include "worker/trainer/engine/failure.h"
+#include "worker/trainer/engine/stats_thread.h"
+#include "worker/trainer/engine/trainer.h"
+
+namespace ppft::trainer {
+namespace {
+
+absl::Status ModelInvalid(const absl::Status& status) {
+  if (absl::IsResourceExhausted(status)) return status;
+  return WithReason(status, "MODEL_INVALID", "USER", "register a complete Llama model again");
+}
+
+absl::StatusOr<at::ScalarType> ComputeType(const std::string& name) {
+  if (name == "fp32") return at::kFloat;
+  if (name == "bf16") return at::kBFloat16;
+  if (name == "fp16") return at::kHalf;
+  return absl::InvalidArgumentError(absl::StrCat("precision.compute \"", name, "\" is unknown: use fp32, bf16 or fp16"));
+}
+
+std::vector<std::string> PathsOf(const std::vector<FileOnDisk>& files) {
+  std::vector<std::string> paths;
+  for (const FileOnDisk& file : files) paths.push_back(file.path);
+  return paths;
+}
+
+// The base model's tensors of this rank, mapped when asked for.
+TensorSource SourceOfTensors(const std::vector<BaseTensor>& tensors) {
+  auto by_name = std::make_shared<std::map<std::string, BaseTensor>>();
+  for (const BaseTensor& tensor : tensors) (*by_name)[tensor.name] = tensor;
+  return [by_name](const std::string& name) -> absl::StatusOr<at::Tensor> {
+    auto found = by_name->find(name);
+    if (found == by_name->end()) return absl::NotFoundError(absl::StrCat("tensor ", name, " was not given to this rank"));
+    PPFT_ASSIGN_OR_RETURN(const at::ScalarType dtype, DtypeOfWord(found->second.dtype));
+    return MapRawTensor(found->second.path, dtype, found->second.shape);
+  };
+}
+
+}  // namespace
+
+StageOptions Trainer::OptionsOf(int stage) const {
+  const StageSpec& spec = plan().stages[static_cast<size_t>(stage)];
+  StageOptions options;
+  options.stage = stage;
+  options.first_layer = spec.first_layer;
+  options.num_layers = spec.num_layers;
+  options.has_embedding = spec.has_embedding;
+  options.has_head = spec.has_head;
+  options.compute = compute_;
+  options.lora.r = config_.adapter.r;
+  options.lora.scale = config_.adapter.scale;
+  options.lora.dropout = config_.adapter.dropout;
+  options.lora.seed = config_.seed;
+  options.lora.target_modules = config_.adapter.target_modules;
+  return options;
+}
+
+absl::Status Trainer::Load() {
+  activity_.Enter(Section::kLoading);
+  const absl::Time begin = absl::Now();
+  PPFT_RETURN_IF_ERROR(WithReason(CheckConfig(config_), "SPEC_INVALID", "USER", "correct the job and submit it again"));
+  PPFT_ASSIGN_OR_RETURN(compute_, ComputeType(plan().compute));
+  PPFT_ASSIGN_OR_RETURN(program_, pipeline::ParseProgram(config_.me().program));
+  absl::StatusOr<model::ModelConfig> parsed = model::ParseModelConfig(config_.model_config, "config.json");
+  PPFT_RETURN_IF_ERROR(ModelInvalid(parsed.status()));
+  model_config_ = *std::move(parsed);
+  PPFT_RETURN_IF_ERROR(LoadData());
+  PPFT_RETURN_IF_ERROR(LoadStages());
+  Log(absl::StrFormat("rank %d loaded in %.2f s", config_.rank, absl::ToDoubleSeconds(absl::Now() - begin)));
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::LoadData() {
+  const auto invalid = [](const absl::Status& status) { return WithReason(status, "DATASET_INVALID", "USER", "prepare the dataset again"); };
+  absl::StatusOr<std::unique_ptr<TokenData>> train = TokenData::Open(config_.train_tokens.path, model_config_.vocab_size);
+  PPFT_RETURN_IF_ERROR(invalid(train.status()));
+  train_data_ = *std::move(train);
+  absl::StatusOr<data::Sampler> sampler = data::Sampler::Create(data::SizesOf(train_data_->rows()), SamplerOptionsOf(config_));
+  PPFT_RETURN_IF_ERROR(invalid(sampler.status()));
+  sampler_.emplace(*std::move(sampler));
+  if (!config_.eval_tokens.has_value()) return absl::OkStatus();
+
+  absl::StatusOr<std::unique_ptr<TokenData>> eval = TokenData::Open(config_.eval_tokens->path, model_config_.vocab_size);
+  PPFT_RETURN_IF_ERROR(invalid(eval.status()));
+  eval_data_ = *std::move(eval);
+  absl::StatusOr<std::vector<data::Microbatch>> all = data::EvaluationPlan(data::SizesOf(eval_data_->rows()), SamplerOptionsOf(config_));
+  PPFT_RETURN_IF_ERROR(invalid(all.status()));
+  for (size_t i = 0; i < all->size(); ++i) {
+    eval_targets_ += (*all)[i].targets;
+    if (static_cast<int>(i) % plan().data_parallel_size == config_.me().replica) eval_plan_.push_back((*all)[i]);
+  }
+  const int dp = plan().data_parallel_size;
+  eval_rounds_ = (static_cast<int64_t>(all->size()) + dp - 1) / dp;
+  // A window bounds how many micro-batches are on their way at once.
+  eval_window_ = static_cast<int>(std::min<int64_t>(eval_rounds_, 4 * plan().pipeline_parallel_size));
+  PPFT_ASSIGN_OR_RETURN(const std::vector<pipeline::Program> forward,
+                        pipeline::BuildForwardOnly(plan().pipeline_parallel_size, plan().virtual_stages, eval_window_));
+  PPFT_ASSIGN_OR_RETURN(std::vector<pipeline::Program> lowered, pipeline::Lower(forward, mesh_.num_stages()));
+  eval_program_ = std::move(lowered[static_cast<size_t>(config_.me().pipeline_rank)]);
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::LoadStages() {
+  base_ = SourceOfTensors(config_.tensors);
+  for (const int stage : config_.me().stages) {
+    activity_.Enter(Section::kLoading);
+    absl::StatusOr<std::unique_ptr<StageModel>> model = factory_(model_config_, OptionsOf(stage), base_);
+    PPFT_RETURN_IF_ERROR(ModelInvalid(model.status()));
+    stages_[stage] = *std::move(model);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::Connect(TcpListener listener, const std::vector<std::string>& endpoints) {
+  activity_.Enter(Section::kConnecting);
+  const int size = mesh_.num_ranks();
+  if (static_cast<int>(endpoints.size()) != size) return absl::InvalidArgumentError(absl::StrCat(endpoints.size(), " endpoints for ", size, " ranks"));
+  if (size > 1) {
+    TcpOptions options;
+    options.job_id = config_.job_id;
+    options.epoch = config_.epoch;
+    options.rank = config_.rank;
+    options.size = size;
+    options.stall_timeout = config_.stall_timeout;
+    options.connect_timeout = std::max(config_.stall_timeout, absl::Seconds(60));
+    // All that a step can leave unclaimed or unsent, so that the order of a proven program never waits for room.
+    options.ring_frames = 16 + 2 * std::max(plan().num_microbatches, eval_window_) * plan().virtual_stages;
+    const int pp = plan().pipeline_parallel_size;
+    std::vector<Link> links;
+    for (int peer = 0; peer < size; ++peer) {
+      if (peer == config_.rank) continue;
+      links.push_back({peer, Channel::kControl});
+      const bool same_replica = mesh_.ReplicaOf(peer) == config_.me().replica;
+      const int distance = (mesh_.PipelineRankOf(peer) - config_.me().pipeline_rank + pp) % pp;
+      if (same_replica && (distance == 1 || distance == pp - 1)) {
+        links.push_back({peer, Channel::kActivations});
+        links.push_back({peer, Channel::kGradients});
+      }
+    }
+    PPFT_ASSIGN_OR_RETURN(transport_, ConnectTcp(std::move(listener), options, endpoints, links));
+  }
+  std::vector<int> everyone(static_cast<size_t>(size));
+  std::iota(everyone.begin(), everyone.end(), 0);
+  world_ = std::make_unique<Group>(transport_.get(), 0, everyone);
+  replicas_ = std::make_unique<Group>(transport_.get(), 1 + config_.me().pipeline_rank, mesh_.ReplicaGroupOf(config_.rank));
+  interpreter_ = std::make_unique<Interpreter>(config_.rank, mesh_, StageMap(), model_config_.hidden_size, compute_, transport_.get(), &activity_);
+  return LoadAdapterState();
+}
+
+absl::Status Trainer::LoadAdapterState() {
+  activity_.Enter(Section::kLoading);
+  PPFT_ASSIGN_OR_RETURN(adapter_, AdapterState::Create(config_.optimizer, plan().zero_stage, Stages(), replicas_.get()));
+  if (config_.resume.has_value()) return RestoreCheckpoint();
+  if (config_.init_adapter.empty()) return absl::OkStatus();
+  std::vector<FileOnDisk> tensors;
+  for (const FileOnDisk& file : config_.init_adapter) {
+    if (file.name != "adapter_config.json") tensors.push_back(file);
+  }
+  const auto invalid = [](const absl::Status& status) {
+    return WithReason(Annotate(status, "init_adapter"), "MODEL_INVALID", "USER",
+                      "use an adapter with this job's r and target_modules that was trained on this model");
+  };
+  absl::StatusOr<TensorSource> source = SourceOfFiles(PathsOf(tensors));
+  PPFT_RETURN_IF_ERROR(invalid(source.status()));
+  return invalid(adapter_->LoadMasters(*source));
+}
+
+absl::Status Trainer::RestoreCheckpoint() {
+  const auto corrupt = [](const absl::Status& status, absl::string_view what) {
+    return WithReason(Annotate(status, what), "CHECKPOINT_CORRUPT", "INFRASTRUCTURE", "the checkpoint cannot be used; start the job again from the beginning");
+  };
+  const TrainingState& saved = *config_.resume;
+  if (saved.data_sha256 != config_.train_tokens.sha256) {
+    return corrupt(absl::FailedPreconditionError("it belongs to other training data"), "checkpoint");
+  }
+  if (saved.model_sha256 != Sha256Hex(config_.model_config)) {
+    return corrupt(absl::FailedPreconditionError("it belongs to another base model"), "checkpoint");
+  }
+  absl::StatusOr<TensorSource> source = SourceOfFiles(PathsOf(config_.resume_files));
+  PPFT_RETURN_IF_ERROR(corrupt(source.status(), "checkpoint"));
+  PPFT_RETURN_IF_ERROR(corrupt(adapter_->Restore(*source), absl::StrCat("checkpoint of step ", saved.step)));
+  state_ = saved;
+  scaler_.Restore(saved.loss_scale, saved.good_steps, saved.hysteresis_left);
+  checkpoint_step_ = saved.step;
+  activity_.SetStep(saved.step);
+  Log(absl::StrCat("goes on after step ", saved.step));
+  if (!config_.load_best_model_at_end || !has_eval() || saved.best_step == 0) return absl::OkStatus();
+  if (saved.best_step == saved.step) {
+    adapter_->KeepBest();
+    return absl::OkStatus();
+  }
+  if (!config_.best.has_value() || config_.best->step != saved.best_step) {
+    return corrupt(absl::NotFoundError(absl::StrCat("the best checkpoint, of step ", saved.best_step, ", was not given")), "checkpoint");
+  }
+  absl::StatusOr<TensorSource> best = SourceOfFiles(PathsOf(config_.best_files));
+  PPFT_RETURN_IF_ERROR(corrupt(best.status(), "best checkpoint"));
+  return corrupt(adapter_->LoadBestFrom(*best), "best checkpoint");
+}
+
+}  // namespace ppft::trainer
