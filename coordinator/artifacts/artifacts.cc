@@ -1,0 +1,89 @@
+#include "coordinator/artifacts/artifacts.h"
+
+#include <filesystem>
+#include <string>
+#include <system_error>
+#include <utility>
+
+#include "common/base/files.h"
+#include "common/base/logging.h"
+#include "common/base/status.h"
+#include "coordinator/artifacts/assembly.h"
+#include "coordinator/artifacts/services.h"
+
+namespace ppft::coordinator {
+namespace {
+
+class ArtifactWork : public JobWork {
+ public:
+  ArtifactWork(BlobStore* blobs, PrepareRunner* prepare) : blobs_(blobs), prepare_(prepare) {}
+
+  absl::StatusOr<v1::PreparedData> Prepare(const PrepareInput& input, const std::function<bool()>& cancelled) override {
+    return prepare_->Prepare(input, cancelled);
+  }
+  absl::StatusOr<std::vector<v1::ArtifactManifest>> Assemble(const AssembleInput& input) override { return AssembleArtifacts(*blobs_, input); }
+  void DeleteBlobs(const std::vector<std::string>& sha256s) override {
+    for (const std::string& sha256 : sha256s) {
+      const absl::Status status = blobs_->Delete(sha256);
+      if (!status.ok()) LogWarning("a file that nothing names stays: ", std::string(status.message()));
+    }
+  }
+
+ private:
+  BlobStore* const blobs_;
+  PrepareRunner* const prepare_;
+};
+
+}  // namespace
+
+struct Artifacts::Parts {
+  Parts(BlobStore* blobs, PrepareRunner* prepare, ModelRegistry* models, Controller* controller, JobLookup find_job)
+      : blob_service(blobs, controller),
+        dataset_service(blobs, prepare, controller),
+        model_service(models, controller),
+        artifact_service(blobs, controller, std::move(find_job)),
+        worker_files(blobs, models, controller) {}
+
+  BlobServiceImpl blob_service;
+  DatasetServiceImpl dataset_service;
+  ModelServiceImpl model_service;
+  ArtifactServiceImpl artifact_service;
+  WorkerFilesImpl worker_files;
+};
+
+Artifacts::Artifacts() = default;
+Artifacts::~Artifacts() = default;
+
+absl::StatusOr<std::unique_ptr<Artifacts>> Artifacts::Open(const ArtifactsOptions& options) {
+  std::unique_ptr<Artifacts> out(new Artifacts());
+  PPFT_RETURN_IF_ERROR(MakeDirs(options.data_dir));
+  std::error_code error;
+  // Paths below are compared and stored: one spelling for all of them.
+  const std::string data_dir = std::filesystem::canonical(options.data_dir, error).string();
+  if (error) return ErrnoStatus(error.value(), options.data_dir);
+  PPFT_ASSIGN_OR_RETURN(out->blobs_, BlobStore::Open(data_dir, options.reserve_bytes));
+  out->prepare_ = std::make_unique<PrepareRunner>(out->blobs_.get(), options.prepare_binary);
+  out->models_ = std::make_unique<ModelRegistry>(out->blobs_.get(), out->prepare_.get(), options.model_roots);
+  out->work_ = std::make_unique<ArtifactWork>(out->blobs_.get(), out->prepare_.get());
+  return out;
+}
+
+absl::Status Artifacts::Attach(Controller* controller, std::function<absl::StatusOr<v1::Job>(JobStore& store, const std::string& id_or_name)> find_job) {
+  PPFT_RETURN_IF_ERROR(models_->Load(*controller));
+  parts_ = std::make_unique<Parts>(blobs_.get(), prepare_.get(), models_.get(), controller, std::move(find_job));
+  return absl::OkStatus();
+}
+
+JobWork* Artifacts::work() { return work_.get(); }
+
+WorkerFiles* Artifacts::worker_files() { return &parts_->worker_files; }
+
+std::vector<grpc::Service*> Artifacts::services() {
+  return {&parts_->blob_service, &parts_->dataset_service, &parts_->model_service, &parts_->artifact_service};
+}
+
+absl::Status Artifacts::CheckInitAdapter(const v1::ArtifactManifest& adapter, const v1::ModelRecord& model, const v1::AdapterSpec& spec) const {
+  return coordinator::CheckInitAdapter(*blobs_, adapter, model, spec);
+}
+
+}  // namespace ppft::coordinator

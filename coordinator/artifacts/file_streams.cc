@@ -1,0 +1,42 @@
+#include "coordinator/artifacts/file_streams.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "absl/strings/str_cat.h"
+#include "common/base/status.h"
+
+namespace ppft::coordinator {
+
+absl::StatusOr<FileRange> OpenBlobRange(const BlobStore& blobs, const std::string& sha256) {
+  FileRange range;
+  PPFT_ASSIGN_OR_RETURN(range.fd, blobs.OpenBlob(sha256));
+  struct stat info;
+  if (fstat(range.fd.get(), &info) != 0) return ErrnoStatus(errno, sha256);
+  range.size_bytes = info.st_size;
+  return range;
+}
+
+absl::Status SendRange(const FileRange& range, int64_t offset, grpc::ServerContext* context, grpc::ServerWriter<v1::FileChunk>* writer) {
+  if (offset < 0 || offset > range.size_bytes)
+    return absl::OutOfRangeError(absl::StrCat("offset ", offset, " is not in the file of ", range.size_bytes, " bytes"));
+  v1::FileChunk chunk;
+  for (int64_t at = offset; at < range.size_bytes;) {
+    std::string* data = chunk.mutable_data();
+    data->resize(static_cast<size_t>(std::min(range.size_bytes - at, kMaxChunkBytes)));
+    const ssize_t got = pread(range.fd.get(), data->data(), data->size(), range.offset + at);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return ErrnoStatus(errno, "read");
+    if (got == 0) return absl::DataLossError("the file became shorter since it was registered; register the model again");
+    data->resize(static_cast<size_t>(got));
+    chunk.set_offset(at);
+    if (context->IsCancelled() || !writer->Write(chunk)) return absl::CancelledError("the client has gone");
+    at += got;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace ppft::coordinator
