@@ -1,0 +1,157 @@
+#include "coordinator/coordinator.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <netdb.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "common/base/files.h"
+#include "common/base/status.h"
+#include "common/net/channel.h"
+#include "coordinator/job_planner.h"
+#include "coordinator/service/call_gate.h"
+#include "coordinator/store/sqlite_job_store.h"
+
+namespace ppft::coordinator {
+namespace {
+
+constexpr std::chrono::milliseconds kCallGrace(500);  // for calls under way when the server stops
+constexpr int64_t kMaxPemBytes = 1 << 20;
+
+struct HostPort {
+  std::string host;
+  std::string port;
+};
+
+absl::StatusOr<HostPort> Split(const std::string& listen) {
+  const size_t colon = listen.rfind(':');
+  int port = -1;
+  if (colon == std::string::npos || colon == 0 || !absl::SimpleAtoi(listen.substr(colon + 1), &port) || port < 0 || port > 65535) {
+    return absl::InvalidArgumentError(absl::StrCat("--listen ", listen, " is not HOST:PORT (such as 127.0.0.1:7070)"));
+  }
+  return HostPort{listen.substr(0, colon), listen.substr(colon + 1)};
+}
+
+bool IsLoopback(absl::string_view host) { return absl::StartsWith(host, "127.") || host == "localhost" || host == "[::1]"; }
+
+// Why the address could not be bound, from the system itself.
+std::string BindError(const HostPort& address) {
+  std::string host = address.host;
+  if (absl::StartsWith(host, "[") && absl::EndsWith(host, "]")) host = host.substr(1, host.size() - 2);
+  addrinfo hints{};
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = AI_PASSIVE;
+  addrinfo* found = nullptr;
+  if (const int code = getaddrinfo(host.c_str(), address.port.c_str(), &hints, &found); code != 0) return gai_strerror(code);
+  Fd probe(socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  std::string error;
+  if (bind(probe.get(), found->ai_addr, found->ai_addrlen) != 0) error = std::strerror(errno);
+  freeaddrinfo(found);
+  return error.empty() ? "the server could not start" : error;
+}
+
+absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const TlsFiles& tls) {
+  if (tls.empty()) return grpc::InsecureServerCredentials();
+  grpc::SslServerCredentialsOptions options(GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
+  PPFT_ASSIGN_OR_RETURN(options.pem_root_certs, ReadFile(tls.client_ca, kMaxPemBytes));
+  grpc::SslServerCredentialsOptions::PemKeyCertPair pair;
+  PPFT_ASSIGN_OR_RETURN(pair.cert_chain, ReadFile(tls.certificate, kMaxPemBytes));
+  PPFT_ASSIGN_OR_RETURN(pair.private_key, ReadFile(tls.key, kMaxPemBytes));
+  options.pem_key_cert_pairs.push_back(std::move(pair));
+  return grpc::SslServerCredentials(options);
+}
+
+}  // namespace
+
+absl::Status CheckListen(const std::string& listen, const TlsFiles& tls) {
+  PPFT_ASSIGN_OR_RETURN(const HostPort address, Split(listen));
+  if (!tls.empty() && !tls.complete()) return absl::InvalidArgumentError("--tls_cert, --tls_key and --tls_client_ca belong together: give all three or none");
+  if (IsLoopback(address.host) || tls.complete()) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat("--listen ", listen,
+                   " can be reached by other hosts, and nothing would protect it: give --tls_cert, --tls_key and --tls_client_ca, "
+                   "or listen on 127.0.0.1 and let other hosts in through a tunnel"));
+}
+
+absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(const CoordinatorOptions& options) {
+  PPFT_RETURN_IF_ERROR(CheckListen(options.listen, options.tls));
+  PPFT_RETURN_IF_ERROR(CheckRoles({"ppft.v1.JobService", "ppft.v1.ClusterService", "ppft.v1.WorkerService", "ppft.v1.BlobService", "ppft.v1.DatasetService",
+                                   "ppft.v1.ModelService", "ppft.v1.ArtifactService"}));
+  auto coordinator = std::unique_ptr<Coordinator>(new Coordinator());
+  // The store first: its lock keeps a second coordinator away from everything in data_dir.
+  PPFT_ASSIGN_OR_RETURN(std::unique_ptr<JobStore> store, OpenSqliteJobStore(options.data_dir));
+  ArtifactsOptions artifacts;
+  artifacts.data_dir = options.data_dir;
+  artifacts.model_roots = options.model_roots;
+  artifacts.prepare_binary = options.prepare_binary;
+  PPFT_ASSIGN_OR_RETURN(coordinator->artifacts_, Artifacts::Open(artifacts));
+  coordinator->metrics_ = std::make_unique<metrics::CoordinatorMetrics>(options.version);
+  auto planner = std::make_shared<JobPlanner>();
+  const auto plan = [planner](const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices) {
+    return planner->Plan(record, model, devices);
+  };
+  coordinator->controller_ =
+      std::make_unique<JobController>(std::move(store), coordinator->artifacts_->work(), coordinator->metrics_.get(), plan, options.controller);
+  PPFT_RETURN_IF_ERROR(coordinator->controller_->Start());
+  PPFT_RETURN_IF_ERROR(coordinator->Serve(options));
+  return coordinator;
+}
+
+absl::Status Coordinator::Serve(const CoordinatorOptions& options) {
+  JobController* const controller = controller_.get();
+  PPFT_RETURN_IF_ERROR(artifacts_->Attach(controller, [controller](JobStore&, const std::string& id) -> absl::StatusOr<v1::Job> {
+    PPFT_ASSIGN_OR_RETURN(const v1::Job* job, controller->FindJob(id));
+    return *job;
+  }));
+  job_service_ =
+      std::make_unique<JobServiceImpl>(controller, [this](const v1::ArtifactManifest& adapter, const v1::ModelRecord& model, const v1::AdapterSpec& spec) {
+        return artifacts_->CheckInitAdapter(adapter, model, spec);
+      });
+  cluster_service_ = std::make_unique<ClusterServiceImpl>(controller, options.version, options.data_dir);
+  worker_service_ = std::make_unique<WorkerServiceImpl>(controller, artifacts_->worker_files());
+  PPFT_ASSIGN_OR_RETURN(metrics_http_, metrics::HttpServer::Start(options.metrics_listen, metrics_->registry()));
+
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  grpc::ServerBuilder builder;
+  net::ApplyServerLimits(&builder);
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error, never shared
+  PPFT_ASSIGN_OR_RETURN(const HostPort address, Split(options.listen));
+  PPFT_ASSIGN_OR_RETURN(const std::shared_ptr<grpc::ServerCredentials> credentials, Credentials(options.tls));
+  int port = 0;
+  builder.AddListeningPort(options.listen, credentials, &port);
+  builder.RegisterService(job_service_.get());
+  builder.RegisterService(cluster_service_.get());
+  builder.RegisterService(worker_service_.get());
+  for (grpc::Service* service : artifacts_->services()) builder.RegisterService(service);
+  std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>> gates;
+  gates.push_back(MakeCallGate(metrics_.get()));
+  builder.experimental().SetInterceptorCreators(std::move(gates));
+  server_ = builder.BuildAndStart();
+  if (server_ == nullptr || port == 0) {
+    return absl::UnavailableError(absl::StrCat("cannot listen on ", options.listen, ": ", BindError(address), "; choose another --listen"));
+  }
+  address_ = absl::StrCat(address.host, ":", port);
+  return absl::OkStatus();
+}
+
+Coordinator::~Coordinator() {
+  if (server_ != nullptr) {
+    server_->GetHealthCheckService()->SetServingStatus(false);
+    server_->Shutdown(std::chrono::system_clock::now() + kCallGrace);
+    server_->Wait();
+    server_.reset();
+  }
+  if (controller_ != nullptr) controller_->Stop();
+}
+
+}  // namespace ppft::coordinator
