@@ -93,14 +93,16 @@ class Llama:
 
 
 def write_summary(config, weights, tokenizer, prompt, limit):
+    """One sentence, or `limit` tokens."""
     ids = tokenizer.encode(prompt).ids
-    model, out = Llama(config, weights), []
+    model, out, text = Llama(config, weights), [], ""
     new = model.next_token(ids)
-    while new != config["eos_token_id"] and len(out) < limit and model.length < config["max_position_embeddings"]:
+    while new != config["eos_token_id"] and len(out) < limit and model.length < config["max_position_embeddings"] and not text.endswith((".", "!", "?")):
         out.append(new)
+        # Decoded with the prompt before it, since the decoder drops the first blank.
+        text = " ".join(tokenizer.decode(ids + out)[len(tokenizer.decode(ids)):].split())
         new = model.next_token([new])
-    # The tokenizer drops a leading blank: decoding with the prompt keeps words apart.
-    return " ".join(tokenizer.decode(ids + out)[len(tokenizer.decode(ids)):].split())
+    return text
 
 
 def main():

@@ -17,7 +17,9 @@ ROOMS = {
     "coordinator": ["coordinator", "common"],
     "coordinator/core": ["coordinator/core", "common"],
     "coordinator/store": ["coordinator/store", "coordinator/core", "common"],
-    "coordinator/artifacts": ["coordinator/artifacts", "coordinator/core", "common"],
+    # Uploads and downloads stream straight between gRPC and files; what they decide goes through the faces of controller, store and worker files.
+    "coordinator/artifacts": ["coordinator/artifacts", "coordinator/core", "coordinator/controller.h", "coordinator/store/job_store.h",
+                              "coordinator/service/worker_files.h", "common"],
     "coordinator/prepare": ["coordinator/prepare", "common"],
     "worker": ["worker", "common"],
     "worker/agent": ["worker/agent", "worker/trainer/beat.h", "common"],  # beat.h: the page that the two share
@@ -29,7 +31,7 @@ ROOMS = {
 EDGES = [
     ("LibTorch", r"(torch|ATen|c10|caffe2)/", ["worker/trainer"]),
     ("gRPC", r"grpc(pp|\+\+)?/|.*\.grpc\.pb\.h$",
-     ["common/net", "coordinator/service", "coordinator/main.cc", "coordinator/coordinator.h", "coordinator/coordinator.cc", "worker/agent", "clients"]),
+     ["common/net", "coordinator/service", "coordinator/artifacts", "coordinator/main.cc", "coordinator/coordinator.h", "coordinator/coordinator.cc", "worker/agent", "clients"]),
     ("SQLite", r"sqlite3?(ext)?\.h$", ["coordinator/store"]),
     ("prometheus-cpp", r"prometheus/", ["common/metrics"]),
     ("yaml-cpp", r"yaml-cpp/", ["common/spec", "clients"]),
