@@ -6,6 +6,7 @@
 #include <map>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/time/time.h"
 #include "clients/ppctl/commands.h"
@@ -55,7 +56,7 @@ class Cli {
     } catch (const CLI::Success& help) {
       return app_.exit(help, context_.out(), context_.err());
     } catch (const CLI::ParseError& error) {
-      context_.err() << "ppctl: " << error.what() << Hint() << "\nSee ppctl --help, or ppctl COMMAND --help.\n";
+      context_.err() << "ppctl: " << Complaint(error) << "\nSee ppctl --help, or ppctl COMMAND --help.\n";
       return kUsage;
     }
     const Result result = Execute();
@@ -84,27 +85,27 @@ class Cli {
     return absl::OkStatus();
   }
 
-  // For a slip in a command's name.
-  std::string Hint() const {
-    const CLI::App* app = &app_;
-    for (const auto chosen = app->get_subcommands(); !chosen.empty();) {
-      app = chosen[0];
-      break;
-    }
+  // What the parser complains about, in our words where a command's name is the trouble.
+  std::string Complaint(const CLI::ParseError& error) const {
+    const auto chosen = app_.get_subcommands();
+    const CLI::App* app = chosen.empty() ? &app_ : chosen[0];
     std::vector<std::string> names;
     for (const CLI::App* command : app->get_subcommands([](const CLI::App*) { return true; })) names.push_back(command->get_name());
+    const bool wants_command = dynamic_cast<const CLI::RequiredError*>(&error) != nullptr && !names.empty() && app->get_subcommands().empty();
+    if (!wants_command) return error.what();
     for (const std::string& word : app_.remaining(true)) {
+      if (word.empty() || word[0] == '-') continue;
       const std::string nearest = spec::Nearest(word, names);
-      if (!nearest.empty() && nearest != word) return absl::StrCat("\nDid you mean ", nearest, "?");
+      return absl::StrCat("\"", word, "\" is not a command", nearest.empty() ? "" : absl::StrCat("; did you mean ", nearest, "?"));
     }
-    return "";
+    return absl::StrCat("a command is missing: ", absl::StrJoin(names, ", "));
   }
 
   CLI::App* Add(CLI::App* parent, const std::string& name, const std::string& description, std::function<Result()> run, const std::string& examples = "") {
     CLI::App* command = parent->add_subcommand(name, description);
     command->fallthrough();
     command->callback([this, run = std::move(run)] { run_ = run; });
-    if (!examples.empty()) command->footer(absl::StrCat("Examples:\n", examples));
+    command->footer(examples.empty() ? "" : absl::StrCat("Examples:\n", examples));  // not the parent's
     return command;
   }
 
@@ -112,6 +113,7 @@ class Cli {
     CLI::App* group = app_.add_subcommand(name, description);
     group->fallthrough();
     group->require_subcommand(1);
+    group->footer("");
     return group;
   }
 
@@ -220,7 +222,7 @@ class Cli {
     Add(
         Group("workers", "Workers"), "list", "List workers, their devices and leases", [this] { return WorkersList(context_); }, "  ppctl workers list");
     Add(
-        &app_, "status", "Show the coordinator's state", [this] { return ctl::Status(context_); }, "  ppctl status");
+        &app_, "status", "Show the coordinator's state", [this] { return ctl::Status(context_, "  ppctl status\n  ppctl status -o json"); }, "  ppctl status");
     Add(
         &app_, "completion", "Print a completion script",
         [this]() -> Result {

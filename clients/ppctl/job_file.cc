@@ -36,7 +36,7 @@ std::string Resolved(const std::string& path, const std::string& base_folder) {
 }
 
 absl::Status WrongInput(const std::string& subject, size_t count) {
-  return absl::InvalidArgumentError(absl::StrCat(subject, ": ", count == 1 ? "1 error" : absl::StrCat(count, " errors"), "; nothing was submitted"));
+  return absl::InvalidArgumentError(absl::StrCat(subject, ": ", count == 1 ? "1 error" : absl::StrCat(count, " errors")));
 }
 
 absl::StatusOr<std::string> ReadInput(const std::string& file) {

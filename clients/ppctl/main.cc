@@ -26,7 +26,6 @@ bool Follows(const std::vector<std::string>& arguments) {
 
 int main(int argc, char** argv) {
   setenv("GRPC_VERBOSITY", "NONE", 0);  // its messages are ours to write
-  signal(SIGPIPE, SIG_IGN);
   const std::vector<std::string> arguments(argv + 1, argv + argc);
   if (Follows(arguments)) signal(SIGINT, OnInterrupt);
   ppft::ctl::Terminal terminal{&std::cout, &std::cerr};
