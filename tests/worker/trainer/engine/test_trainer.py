@@ -1,0 +1,196 @@
+"""Whole runs of ppft-trainer against PEFT, against other layouts, and against themselves after a crash."""
+import numpy, pytest
+
+from trainer_run import *
+
+pytestmark = needs_model
+STEPS = 40
+
+
+def relative(a, b):
+    assert len(a) == len(b)
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b))
+
+
+@pytest.fixture(scope='module')
+def adapter(tmp_path_factory):
+    return start_adapter(tmp_path_factory.mktemp('start') / 'adapter')
+
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory, adapter):
+    return make_start(tmp_path_factory.mktemp('job'), documents(150), STEPS, eval_rows=documents(13, seed=500), adapter=adapter)
+
+
+@pytest.fixture(scope='module')
+def reference(start, adapter):
+    return peft_run(adapter, documents(150), start)
+
+
+@pytest.fixture(scope='module')
+def calm(start, tmp_path_factory):
+    """The undisturbed run over two stages."""
+    return Run(start, tmp_path_factory.mktemp('calm'), pp=2)
+
+
+@pytest.mark.parametrize('pp,schedule,virtual', [(1, 'gpipe', 1), (1, 'interleaved_1f1b', 2), (2, '1f1b', 1), (2, 'gpipe', 1), (2, 'interleaved_1f1b', 2), (4, '1f1b', 1), (4, 'gpipe', 1), (5, '1f1b', 1)])
+def test_the_same_curve_as_peft_in_every_layout(start, reference, tmp_path, pp, schedule, virtual):
+    losses, norms, model = reference
+    run = Run(start, tmp_path, pp=pp, schedule=schedule, virtual=virtual)
+    assert relative(run.losses(), losses) < 1e-4
+    assert relative([r['grad_norm'] for r in run.rows()], norms) < 1e-3
+    theirs = {name.replace('.default', ''): p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}
+    ours = run.tensors()
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        assert numpy.abs(tensor - theirs[name]).max() < 2e-3, name
+    merged = run.tensors('merged_files')
+    assert set(merged) == {name for name in base_model().state_dict() if name != 'lm_head.weight'}
+
+
+def test_verifications_name_small_differences(calm):
+    found = [(rank, v) for rank, exported in calm.of('exported') for v in exported['verifications']]
+    assert [(rank, v['type']) for rank, v in found] == [(1, 'adapter'), (1, 'merged')]
+    assert found[0][1]['max_relative_difference'] == 0
+    assert 0 < found[1][1]['max_relative_difference'] < 1e-4
+
+
+def test_last_logits_are_those_of_peft(calm, adapter, tmp_path):
+    import json, torch
+    from peft import PeftModel
+    from safetensors.numpy import save_file
+    save_file(calm.tensors(), tmp_path / 'adapter_model.safetensors')
+    (tmp_path / 'adapter_config.json').write_text((adapter / 'adapter_config.json').read_text())
+    model = PeftModel.from_pretrained(base_model(), tmp_path).eval()
+    verification = calm.of('exported')[-1][1]['verifications'] or calm.of('exported')[0][1]['verifications']
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor([verification[0]['probe_ids']])).logits[0, -1].numpy()
+    ours = numpy.array(verification[0]['last_logits'])
+    assert numpy.abs(ours - theirs).max() / numpy.abs(theirs).max() < 1e-4
+
+
+def test_two_runs_give_the_same_bytes(start, calm, tmp_path):
+    again = Run(start, tmp_path, pp=2)
+    assert again.losses() == calm.losses()
+    assert again.evals() == calm.evals()
+    assert again.digest() == calm.digest()
+
+
+@pytest.mark.parametrize('step', [10, 30, 40])
+def test_a_resumed_run_goes_on_to_the_same_bytes(start, calm, tmp_path, step):
+    best = calm.checkpoint(step)[0]['state']['best_step']
+    run = Run(resumed(start, calm, step, int(best)), tmp_path, pp=2)
+    assert run.losses() == calm.losses()[step:]
+    assert run.evals() == [e for e in calm.evals() if e[0] > step]
+    assert run.digest() == calm.digest()
+
+
+def test_another_layout_reads_the_checkpoint(start, calm, tmp_path):
+    best = calm.checkpoint(20)[0]['state']['best_step']
+    run = Run(resumed(start, calm, 20, int(best)), tmp_path, pp=4)
+    assert relative(run.losses(), calm.losses()[20:]) < 1e-4
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_killed_rank_ends_the_others_with_its_name(start, calm, tmp_path, rank):
+    run = Run(start, tmp_path / 'killed', pp=2, kill=(rank, 25), ok=False)
+    other = 1 - rank
+    assert run.exits[rank] == -9 and run.exits[other] == 1
+    failures = run.of('failure')
+    assert [r for r, _ in failures] == [other]
+    assert failures[0][1]['reason']['code'] == 'COMM_ERROR' and failures[0][1]['peer'] == rank
+    newest = max(int(c['state']['step']) for _, c in run.of('checkpoint'))
+    assert newest == 20
+    best = run.checkpoint(newest)[0]['state']['best_step']
+    again = Run(resumed(start, run, newest, int(best)), tmp_path / 'again', pp=2)
+    assert run.losses()[:newest] + again.losses() == calm.losses()
+    assert again.digest() == calm.digest()
+
+
+def test_evaluation_is_the_mean_over_all_targets(start, calm, reference):
+    import torch
+    total = count = 0
+    with torch.no_grad():
+        for ids, mask in documents(13, seed=500):
+            logits = reference[2].eval()(input_ids=torch.tensor([ids])).logits[0, :-1]
+            labels = torch.tensor([i if m else -100 for i, m in zip(ids, mask)][1:])
+            total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction='sum').item()
+            count += sum(mask[1:])
+    assert [step for step, _ in calm.evals()] == [0, 10, 20, 30, 40]
+    assert abs(calm.evals()[-1][1] - total / count) / (total / count) < 1e-3
+
+
+def test_the_best_is_exported_and_patience_ends_the_run(tmp_path, adapter):
+    """A rate that is far too high after the first steps: the loss on held-out rows turns up, and the best is an early step."""
+    start = make_start(tmp_path / 'job', documents(150), 60, eval_rows=documents(13, seed=500), adapter=adapter,
+                       training={'learning_rate': 0.2, 'lr_scheduler': 'constant', 'warmup_steps': '30'}, evaluation={'eval_steps': '2', 'early_stopping_patience': 2}, checkpoint={'save_steps': '0'})
+    run = Run(start, tmp_path / 'run', pp=2)
+    evals = [e for e in run.evals() if e[0] > 0]
+    best_step = min(evals, key=lambda e: e[1])[0]
+    finished = run.of('finished')[0][1]
+    assert finished['reason'] == 'early_stopping'
+    assert int(finished['state']['best_step']) == best_step == evals[-1][0] - 4
+    assert {int(e['step']) for _, e in run.of('exported')} == {best_step}
+    from safetensors.numpy import load_file
+    at_best = {name: t for f in run.checkpoint(best_step)[1] for name, t in load_file(f['path']).items() if not name.startswith('exp_avg')}
+    ours = run.tensors()
+    assert all((ours[name] == at_best[name]).all() for name in ours) and set(ours) == set(at_best)
+    written = sorted({int(c['state']['step']) for _, c in run.of('checkpoint')})
+    assert written[-1] == evals[-1][0] and best_step in written
+
+
+def test_packing_with_dropout_is_the_same_in_every_layout(tmp_path):
+    start = make_start(tmp_path / 'job', documents(150), 12, data={'sample_packing': True, 'shuffle': True}, training={'gradient_accumulation_steps': 4}, plan={'num_microbatches': 4})
+    start['spec']['adapter']['lora_dropout'] = 0.2
+    one, two, four = (Run(start, tmp_path / f'pp{pp}', pp=pp) for pp in (1, 2, 4))
+    assert relative(two.losses(), one.losses()) < 1e-4
+    assert relative(four.losses(), one.losses()) < 1e-4
+    start['spec']['seed'] = '2'
+    assert Run(start, tmp_path / 'other', pp=1).losses() != one.losses()
+
+
+@pytest.mark.parametrize('dp,pp,zero', [(2, 1, 0), (2, 1, 1), (2, 2, 1), (2, 2, 2), (4, 1, 2)])
+def test_replicas_give_the_same_curve(start, calm, tmp_path, dp, pp, zero):
+    start = {**start, 'plan': {**start['plan'], 'zero_stage': zero, 'num_microbatches': 8 // dp}}
+    run = Run(start, tmp_path / 'run', pp=pp, dp=dp)
+    assert relative(run.losses(), calm.losses()) < 1e-4
+    assert relative([e for _, e in run.evals()], [e for _, e in calm.evals()]) < 1e-4
+    best = run.checkpoint(20)[0]['state']['best_step']
+    again = Run(resumed(start, run, 20, int(best)), tmp_path / 'again', pp=pp, dp=dp)
+    assert again.losses() == run.losses()[20:] and again.digest() == run.digest()
+
+
+def test_fp16_skips_overflows_and_comes_down(start, calm, tmp_path):
+    start = {**start, 'plan': {**start['plan'], 'compute': 'fp16'}, 'spec': {**start['spec'], 'precision': {**start['spec']['precision'], 'initial_scale_power': 32, 'hysteresis': 1}}}
+    run = Run(start, tmp_path, pp=2)
+    last = run.of('step')[-1][1]
+    skipped = int(last['skipped_steps'])
+    assert skipped >= 4 and last['row']['loss_scale'] == 2.0 ** (32 - skipped)
+    flags = [r['skipped'] for r in run.rows()]
+    assert flags[:4] == [True] * 4 and sum(flags) == skipped
+    assert run.losses()[-1] < run.losses()[0]
+
+
+def test_divergence_is_named_and_nothing_is_written(tmp_path, adapter):
+    start = make_start(tmp_path / 'job', documents(150), 20, adapter=adapter, training={'learning_rate': 1e30, 'lr_scheduler': 'constant', 'warmup_steps': '0', 'max_grad_norm': 0.0})
+    run = Run(start, tmp_path / 'run', pp=2, ok=False)
+    assert run.exits == [1, 1]
+    codes = {f['reason']['code'] for _, f in run.of('failure')}
+    assert codes == {'NUMERIC_DIVERGENCE'}, run.of('failure')
+    assert 'stage' in run.of('failure')[0][1]['reason']['message']
+    assert not run.of('checkpoint') and not run.of('exported')
+
+
+def test_a_checkpoint_of_other_data_is_refused(start, calm, tmp_path):
+    changed = resumed(start, calm, 10, 10)
+    changed['train_tokens'] = local_file(write_tokens(tmp_path / 'other.safetensors', documents(140)))
+    run = Run(changed, tmp_path / 'run', pp=2, ok=False)
+    assert {f['reason']['code'] for _, f in run.of('failure')} == {'CHECKPOINT_CORRUPT'}
+    assert 'other training data' in run.of('failure')[0][1]['reason']['message']
+
+
+def test_an_adapter_of_another_r_is_refused(start, tmp_path):
+    changed = {**start, 'spec': {**start['spec'], 'adapter': {**start['spec']['adapter'], 'r': 4}}}
+    run = Run(changed, tmp_path / 'run', ok=False)
+    failure = run.of('failure')[0][1]
+    assert failure['reason']['code'] == 'MODEL_INVALID' and 'lora_A.weight has another shape' in failure['reason']['message']
