@@ -1,8 +1,10 @@
-//! The text library behind a C ABI: Hugging Face tokenizers. `tokenizer.cc` is its only caller and states the contract.
+//! The text library behind a C ABI: Hugging Face tokenizers and chat templates. `tokenizer.cc` and
+//! `chat_template.cc` are its only callers and state the contract.
 //!
 //! Every entry point catches panics, so that hostile input ends in an error text and never unwinds into C++. Texts come as (pointer, length) in
 //! UTF-8; error and result texts are returned as owned C strings, freed by `ppft_text_free`.
 
+mod chat;
 mod tokenizer;
 
 use std::ffi::{c_char, CString};
@@ -92,7 +94,13 @@ pub unsafe extern "C" fn ppft_tokenizer_encode(tokenizer: *const Loaded, text: *
     guarded(error, 0, || {
         let text = std::str::from_utf8(bytes(text, len)).map_err(|e| e.to_string())?;
         let tokens = (*tokenizer).encode(text)?;
-        *out = PpftEncoding { len: tokens.ids.len(), ids: raw(tokens.ids), begin: raw(tokens.begin), end: raw(tokens.end), added: raw(tokens.added) };
+        *out = PpftEncoding {
+            len: tokens.ids.len(),
+            ids: raw(tokens.ids),
+            begin: raw(tokens.begin),
+            end: raw(tokens.end),
+            added: raw(tokens.added),
+        };
         Ok(1)
     })
 }
@@ -154,4 +162,42 @@ pub unsafe extern "C" fn ppft_text_free(text: *mut c_char) {
     if !text.is_null() {
         drop(CString::from_raw(text));
     }
+}
+
+/// Renders a chat template with a JSON object as its variables. 1 on success.
+///
+/// # Safety
+/// The two texts are readable for their lengths; `error` is writable.
+#[no_mangle]
+pub unsafe extern "C" fn ppft_chat_render(
+    template: *const u8,
+    template_len: usize,
+    context: *const u8,
+    context_len: usize,
+    out: *mut RenderedText,
+    error: *mut *mut c_char,
+) -> i32 {
+    guarded(error, 0, || {
+        let template = std::str::from_utf8(bytes(template, template_len)).map_err(|e| e.to_string())?;
+        let text = chat::render(template, bytes(context, context_len))?.into_bytes();
+        *out = RenderedText {
+            len: text.len(),
+            data: raw(text),
+        };
+        Ok(1)
+    })
+}
+
+/// A text that may hold NUL, freed by `ppft_rendered_free`.
+#[repr(C)]
+pub struct RenderedText {
+    len: usize,
+    data: *mut u8,
+}
+
+/// # Safety
+/// `text` was filled by `ppft_chat_render` and is not used again.
+#[no_mangle]
+pub unsafe extern "C" fn ppft_rendered_free(text: *mut RenderedText) {
+    drop_raw((*text).data, (*text).len);
 }

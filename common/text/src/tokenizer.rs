@@ -20,7 +20,11 @@ const NAMED_TOKENS: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_tok
 
 impl Loaded {
     pub fn new(json: &[u8], config: &[u8]) -> Result<Self, String> {
-        let config: Value = if config.is_empty() { json!({}) } else { serde_json::from_slice(config).map_err(|e| format!("tokenizer_config.json: {e}"))? };
+        let config: Value = if config.is_empty() {
+            json!({})
+        } else {
+            serde_json::from_slice(config).map_err(|e| format!("tokenizer_config.json: {e}"))?
+        };
         let mut tokenizer = if is_llama_class(&config) { load_llama(json, &config)? } else { load(json)? };
 
         // A text is encoded whole, always the same way.
@@ -35,7 +39,11 @@ impl Loaded {
             return Err("the vocabulary is empty".to_string());
         }
         let max_piece_bytes = vocab.keys().map(|piece| piece.len() as u64).max().unwrap_or(1).max(4);
-        Ok(Self { tokenizer, num_ids, max_piece_bytes })
+        Ok(Self {
+            tokenizer,
+            num_ids,
+            max_piece_bytes,
+        })
     }
 
     pub fn encode(&self, text: &str) -> Result<Tokens, String> {
