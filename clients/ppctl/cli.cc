@@ -222,7 +222,7 @@ class Cli {
     Add(
         Group("workers", "Workers"), "list", "List workers, their devices and leases", [this] { return WorkersList(context_); }, "  ppctl workers list");
     Add(
-        &app_, "status", "Show the coordinator's state", [this] { return ctl::Status(context_, "  ppctl status\n  ppctl status -o json"); }, "  ppctl status");
+        &app_, "status", "Show the coordinator's state", [this] { return ctl::Status(context_); }, "  ppctl status");
     Add(
         &app_, "completion", "Print a completion script",
         [this]() -> Result {
