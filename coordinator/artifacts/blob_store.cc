@@ -44,7 +44,10 @@ absl::StatusOr<std::unique_ptr<BlobStore>> BlobStore::Open(const std::string& da
   std::unique_ptr<BlobStore> store(new BlobStore(data_dir, reserve_bytes));
   PPFT_RETURN_IF_ERROR(RemoveAll(JoinPath(data_dir, "tmp")));
   for (const char* folder : {"blobs", "partial", "tmp"}) PPFT_RETURN_IF_ERROR(MakeDirs(JoinPath(data_dir, folder)));
-  for (int i = 0; i < 256; ++i) PPFT_RETURN_IF_ERROR(MakeDirs(JoinPath(data_dir, absl::StrFormat("blobs/%02x", i))));
+  for (int i = 0; i < 256; ++i) {
+    const std::string folder = JoinPath(data_dir, absl::StrFormat("blobs/%02x", i));
+    if (mkdir(folder.c_str(), 0700) != 0 && errno != EEXIST) return ErrnoStatus(errno, folder);
+  }
   PPFT_RETURN_IF_ERROR(SyncPath(JoinPath(data_dir, "blobs")));
   PPFT_RETURN_IF_ERROR(SyncPath(data_dir));
   PPFT_ASSIGN_OR_RETURN(const std::vector<std::string> partials, ListDir(JoinPath(data_dir, "partial")));
