@@ -170,7 +170,7 @@ void JobController::TickJobs() {
       if (ms > limit_ms) {
         job.failure = Failure{MakeReason("QUOTA_EXCEEDED", absl::StrCat("ran longer than limits.max_duration (", limit_ms / 1000, " s)"),
                                          "raise limits.max_duration and submit again"),
-                              status.step(), true};
+                              status.step()};
         Fail(job);
       }
     }
@@ -332,20 +332,20 @@ bool JobController::AllExported(const JobEntry& job) const {
 
 void JobController::OnFailure(JobEntry& job, const Failure& failure) {
   if (AllExported(job)) return;  // everything that the ranks had to give is here
-  if (job.failure.has_value() && CauseWeight(failure.reason) <= CauseWeight(job.failure->reason)) return;
+  if (job.failure.has_value() && failure.weight <= job.failure->weight) return;
   job.failure = failure;
   job.failure_deadline = options_.steady();
-  if (CauseWeight(failure.reason) <= 1) job.failure_deadline += options_.cause_grace;
+  if (failure.waits_for_cause()) job.failure_deadline += options_.cause_grace;
 }
 
 // The attempt is given up for job.failure.
 void JobController::Fail(JobEntry& job) {
   Failure failure = *job.failure;
   job.failure.reset();
-  if (CauseWeight(failure.reason) <= 1) {
+  if (failure.waits_for_cause()) {
     for (const v1::RankPlan& rank : job.record.plan().ranks()) {
       if (EntryOf(rank.worker()).link != nullptr) continue;
-      failure.reason = MakeReason("WORKER_LOST", absl::StrCat("the connection of ", rank.worker(), " broke"));
+      failure = Failure{MakeReason("WORKER_LOST", absl::StrCat("the connection of worker ", rank.worker(), " broke")), failure.step};
     }
   }
   const v1::JobSpec& spec = job.record.job().spec();

@@ -232,6 +232,7 @@ void JobController::OnExited(JobEntry& job, const WorkerEntry& worker, const v1:
   const v1::RankPlan* plan = FindRank(job.record.plan(), rank);
   const bool done = job.exported.count(rank) > 0 || (plan->replica() > 0 && job.record.finished());
   if (exited.status() == 0 && exited.signal() == 0 && done) return;
+  if (!exited.detail().empty()) AddLog(job, absl::StrCat("rank-", rank), "ERROR", exited.detail());
   OnFailure(job, FailureOf(exited, rank, worker.shown.name(), job.record.job().status().step()));
 }
 

@@ -138,7 +138,7 @@ void JobController::LoseRanks(const WorkerEntry& worker, const std::string& why)
     if (!HasRanks(job.record.job().status().state())) continue;
     for (const v1::RankPlan& rank : job.record.plan().ranks()) {
       if (rank.worker() != worker.shown.name()) continue;
-      OnFailure(job, Failure{MakeReason("WORKER_LOST", absl::StrCat("worker ", rank.worker(), " ", why)), job.record.job().status().step(), false});
+      OnFailure(job, Failure{MakeReason("WORKER_LOST", absl::StrCat("worker ", rank.worker(), " ", why)), job.record.job().status().step()});
       break;
     }
   }

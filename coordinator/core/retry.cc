@@ -4,6 +4,7 @@
 #include <csignal>
 #include <string>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "coordinator/core/job_state.h"
 
@@ -14,6 +15,12 @@ constexpr int kPoisonFailures = 3;
 constexpr absl::Duration kFirstDelay = absl::Milliseconds(500);
 constexpr absl::Duration kLongestDelay = absl::Seconds(30);
 
+std::string LastLine(absl::string_view text) {
+  text = absl::StripTrailingAsciiWhitespace(text);
+  const size_t newline = text.rfind('\n');
+  return std::string(newline == absl::string_view::npos ? text : text.substr(newline + 1));
+}
+
 }  // namespace
 
 Failure FailureOf(const v1::Failure& report, int64_t status_step) {
@@ -23,6 +30,7 @@ Failure FailureOf(const v1::Failure& report, int64_t status_step) {
   if (failure.reason.owner().empty()) failure.reason.set_owner("INFRASTRUCTURE");
   const std::string& code = failure.reason.code();
   failure.deterministic = code != "COMM_ERROR" && code != "WORKER_LOST" && code != "STAGE_HUNG" && code != "DISK_FULL" && code != "STALE_EPOCH";
+  failure.weight = failure.reason.owner() == "USER" ? Failure::kUserError : code == "COMM_ERROR" ? Failure::kBrokenLink : Failure::kCause;
   return failure;
 }
 
@@ -30,17 +38,13 @@ Failure FailureOf(const v1::Exited& report, int32_t rank, const std::string& wor
   const std::string who = absl::StrCat("the trainer of rank ", rank, " on ", worker);
   std::string how = report.signal() != 0 ? absl::StrCat(" was ended by signal ", report.signal(), " (", strsignal(report.signal()), ")")
                                          : absl::StrCat(" exited with status ", report.status(), " without a reason");
-  if (!report.detail().empty()) absl::StrAppend(&how, ": ", report.detail());
+  if (const std::string last = LastLine(report.detail()); !last.empty()) absl::StrAppend(&how, ": ", last);
   Failure failure{MakeReason("WORKER_CRASHED", absl::StrCat(who, how)), status_step, true};
   for (const int kill : {SIGKILL, SIGTERM, SIGINT, SIGHUP, SIGPIPE}) {
     if (report.signal() == kill) failure.deterministic = false;
   }
+  if (report.signal() == 0) failure.weight = Failure::kUnexplainedExit;
   return failure;
-}
-
-int CauseWeight(const v1::Reason& reason) {
-  if (reason.owner() == "USER") return 3;
-  return reason.code() == "COMM_ERROR" ? 1 : 2;
 }
 
 RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, int max_restarts) {

@@ -15,14 +15,19 @@ struct Failure {
   v1::Reason reason;
   int64_t step = 0;            // the newest step that was reported before it
   bool deterministic = false;  // the trainer's own error: the same input would fail again. A kill or a lost worker is not
+  // How near it is to the first cause: a heavier one replaces a lighter one that waits. Light ones wait for a moment: a broken link, or an exit
+  // without a reason, mostly follows from a peer's death.
+  int weight = kCause;
+
+  static constexpr int kBrokenLink = 1;
+  static constexpr int kUnexplainedExit = 2;
+  static constexpr int kCause = 3;
+  static constexpr int kUserError = 4;
+  bool waits_for_cause() const { return weight < kCause; }
 };
 
 Failure FailureOf(const v1::Failure& report, int64_t status_step);
 Failure FailureOf(const v1::Exited& report, int32_t rank, const std::string& worker, int64_t status_step);
-
-// How near a failure is to the first cause: a larger one replaces a smaller one that waits. A broken link (COMM_ERROR) mostly follows from a
-// peer's death, so it is the smallest.
-int CauseWeight(const v1::Reason& reason);
 
 struct RetryDecision {
   bool restart = false;

@@ -1,0 +1,104 @@
+#include "coordinator/core/queue.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+
+#include "absl/strings/str_cat.h"
+
+namespace ppft::coordinator {
+namespace {
+
+std::vector<OfferedDevice> Devices(int first, int count) {
+  std::vector<OfferedDevice> devices;
+  for (int i = first; i < first + count; ++i) {
+    OfferedDevice offered{"w", {}};
+    offered.device.set_id(absl::StrCat("cpu:", i));
+    devices.push_back(offered);
+  }
+  return devices;
+}
+
+// A planner that takes as many devices as parallel.pipeline_parallel_size says.
+PlanAttempt TakeAsAsked(const v1::JobRecord& record, const std::vector<OfferedDevice>& devices) {
+  PlanAttempt attempt;
+  const int size = record.job().spec().parallel().pipeline_parallel_size();
+  attempt.devices_needed = size;
+  if (static_cast<int>(devices.size()) < size) return attempt;
+  attempt.plan.emplace();
+  for (int i = 0; i < size; ++i) {
+    v1::RankPlan& rank = *attempt.plan->add_ranks();
+    rank.set_worker(devices[i].worker);
+    rank.set_device(devices[i].device.id());
+  }
+  return attempt;
+}
+
+struct Asked {
+  const char* id;
+  int priority;
+  int devices;
+  int64_t not_before = 0;
+};
+
+struct Case {
+  const char* sentence;
+  int total;
+  int free;
+  std::vector<Asked> jobs;  // in the order of submission
+  std::vector<std::string> started;
+  std::map<std::string, std::string> reasons;  // id -> part of the message of those that wait
+};
+
+class Queue : public testing::TestWithParam<Case> {};
+
+TEST_P(Queue, Decides) {
+  const Case& c = GetParam();
+  std::vector<v1::JobRecord> records(c.jobs.size());
+  std::vector<const v1::JobRecord*> queued;
+  for (size_t i = 0; i < c.jobs.size(); ++i) {
+    v1::JobRecord& record = records[i];
+    record.mutable_job()->set_id(c.jobs[i].id);
+    record.mutable_job()->mutable_spec()->set_priority(c.jobs[i].priority);
+    record.mutable_job()->mutable_spec()->mutable_parallel()->set_pipeline_parallel_size(c.jobs[i].devices);
+    record.mutable_retry()->set_not_before_unix_ms(c.jobs[i].not_before);
+    record.set_submit_order(static_cast<int64_t>(i) + 1);
+    queued.insert(queued.begin(), &record);  // the order given must not matter
+  }
+  std::vector<std::string> started;
+  std::map<std::string, std::string> reasons;
+  std::set<std::pair<std::string, std::string>> taken;
+  int position = 0;
+  for (const QueueDecision& decision : DecideQueue(queued, Devices(c.total - c.free, c.free), Devices(0, c.total), TakeAsAsked, 1000)) {
+    if (!decision.plan.has_value()) {
+      reasons[decision.job_id] = absl::StrCat(decision.reason.code(), " ", decision.reason.message());
+      EXPECT_EQ(decision.position, ++position);
+      continue;
+    }
+    started.push_back(decision.job_id);
+    for (const v1::RankPlan& rank : decision.plan->ranks()) EXPECT_TRUE(taken.insert({rank.worker(), rank.device()}).second) << "a device leased twice";
+  }
+  EXPECT_EQ(started, c.started) << c.sentence;
+  EXPECT_EQ(reasons.size(), c.reasons.size()) << c.sentence;
+  for (const auto& [id, part] : c.reasons) EXPECT_NE(reasons[id].find(part), std::string::npos) << c.sentence << ": " << id << ": " << reasons[id];
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, Queue,
+    testing::Values(
+        Case{"an empty cluster makes everybody wait for capacity", 0, 0, {{"a", 50, 1}}, {}, {{"a", "NO_CAPACITY needs 1 device, the cluster has 0"}}},
+        Case{"jobs that fit start in the order of submission", 4, 4, {{"a", 50, 2}, {"b", 50, 1}, {"c", 50, 1}}, {"a", "b", "c"}, {}},
+        Case{"a higher priority goes first", 2, 2, {{"a", 50, 2}, {"b", 90, 2}}, {"b"}, {{"a", "waits for 2 devices, 0 free; position 1"}}},
+        Case{"the head that waits is not overtaken",
+             4,
+             1,
+             {{"a", 50, 2}, {"b", 50, 1}},
+             {},
+             {{"a", "waits for 2 devices, 1 free; position 1"}, {"b", "behind a"}}},
+        Case{
+            "a job that the cluster can never hold lets others pass", 2, 2, {{"a", 50, 8}, {"b", 50, 2}}, {"b"}, {{"a", "needs 8 devices, the cluster has 2"}}},
+        Case{"a job in its backoff lets others pass", 2, 2, {{"a", 50, 2, 2000}, {"b", 50, 2}}, {"b"}, {{"a", "BACKOFF"}}},
+        Case{"a job whose backoff is over starts", 2, 2, {{"a", 50, 2, 999}}, {"a"}, {}}));
+
+}  // namespace
+}  // namespace ppft::coordinator

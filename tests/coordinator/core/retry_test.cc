@@ -1,0 +1,122 @@
+#include "coordinator/core/retry.h"
+
+#include <gtest/gtest.h>
+
+#include <csignal>
+
+#include "coordinator/core/job_state.h"
+
+namespace ppft::coordinator {
+namespace {
+
+Failure Lost() { return Failure{MakeReason("WORKER_LOST", "worker-1 was restarted"), 10}; }
+
+Failure OwnError(int64_t step) {
+  v1::Failure report;
+  *report.mutable_reason() = MakeReason("DEVICE_ERROR", "an illegal address");
+  report.set_step(step);
+  return FailureOf(report, 0);
+}
+
+TEST(Retry, DelaysGrowFromNothingToThirtySeconds) {
+  v1::RetryState state;
+  std::vector<double> seconds;
+  for (int i = 0; i < 10; ++i) {
+    const RetryDecision decision = DecideRetry(state, Lost(), 100);
+    ASSERT_TRUE(decision.restart);
+    seconds.push_back(absl::ToDoubleSeconds(decision.delay));
+    state = decision.state;
+  }
+  EXPECT_EQ(seconds, (std::vector<double>{0, 0.5, 1, 2, 4, 8, 16, 30, 30, 30}));
+}
+
+TEST(Retry, TheBudgetEndsTheJobWithItsFirstCause) {
+  v1::RetryState state;
+  for (int i = 0; i < 2; ++i) state = DecideRetry(state, Lost(), 2).state;
+  const RetryDecision decision = DecideRetry(state, Lost(), 2);
+  EXPECT_FALSE(decision.restart);
+  EXPECT_EQ(decision.reason.code(), "WORKER_LOST");
+  EXPECT_NE(decision.reason.message().find("2 restarts"), std::string::npos) << decision.reason.message();
+}
+
+TEST(Retry, NoRestartsAllowedMeansTheFirstFailureEndsIt) { EXPECT_FALSE(DecideRetry({}, Lost(), 0).restart); }
+
+TEST(Retry, ErrorsOfTheUserNeverRestart) {
+  v1::Failure report;
+  *report.mutable_reason() = MakeReason("NUMERIC_DIVERGENCE", "the loss is NaN");
+  const RetryDecision decision = DecideRetry({}, FailureOf(report, 5), 5);
+  EXPECT_FALSE(decision.restart);
+  EXPECT_EQ(decision.reason.code(), "NUMERIC_DIVERGENCE");
+}
+
+TEST(Retry, TheSameOwnErrorAtTheSameStepThreeTimesIsPoison) {
+  v1::RetryState state;
+  for (int i = 0; i < 2; ++i) {
+    const RetryDecision decision = DecideRetry(state, OwnError(40), 100);
+    ASSERT_TRUE(decision.restart) << "time " << i + 1;
+    state = decision.state;
+  }
+  const RetryDecision third = DecideRetry(state, OwnError(40), 100);
+  EXPECT_FALSE(third.restart);
+  EXPECT_EQ(third.reason.code(), "POISON_STEP");
+  EXPECT_EQ(third.reason.owner(), "USER");
+}
+
+TEST(Retry, AnotherStepOrAKillInBetweenBreaksTheRow) {
+  for (const Failure& between : {OwnError(41), Lost()}) {
+    v1::RetryState state = DecideRetry({}, OwnError(40), 100).state;
+    state = DecideRetry(state, OwnError(40), 100).state;
+    state = DecideRetry(state, between, 100).state;
+    EXPECT_TRUE(DecideRetry(state, OwnError(40), 100).restart) << between.reason.code();
+  }
+}
+
+TEST(Retry, KillsAtOneStepAreNeverPoison) {
+  v1::Exited killed;
+  killed.set_signal(SIGKILL);
+  v1::RetryState state;
+  for (int i = 0; i < 6; ++i) {
+    const RetryDecision decision = DecideRetry(state, FailureOf(killed, 0, "worker-0", 40), 100);
+    ASSERT_TRUE(decision.restart) << "kill " << i + 1;
+    EXPECT_EQ(decision.reason.code(), "WORKER_CRASHED");
+    state = decision.state;
+  }
+}
+
+TEST(Retry, ACrashInNativeCodeIsTheJobsOwnWhenItRepeats) {
+  v1::Exited crashed;
+  crashed.set_signal(SIGSEGV);
+  EXPECT_TRUE(FailureOf(crashed, 0, "worker-0", 40).deterministic);
+}
+
+TEST(Retry, AnExitNamesRankWorkerSignalAndLastLine) {
+  v1::Exited exited;
+  exited.set_signal(SIGKILL);
+  exited.set_detail("first line\nout of memory\n\n");
+  const std::string message = FailureOf(exited, 3, "worker-7", 0).reason.message();
+  for (const char* word : {"rank 3", "worker-7", "signal 9", "out of memory"}) EXPECT_NE(message.find(word), std::string::npos) << message;
+  EXPECT_EQ(message.find("first line"), std::string::npos);
+}
+
+TEST(Retry, ABrokenLinkAndAnUnexplainedExitWaitForTheirCause) {
+  v1::Failure link;
+  *link.mutable_reason() = MakeReason("COMM_ERROR", "rank 1: closed");
+  v1::Exited plain, killed;
+  plain.set_status(1);
+  killed.set_signal(SIGKILL);
+  const Failure a = FailureOf(link, 0), b = FailureOf(plain, 0, "w", 0), c = FailureOf(killed, 0, "w", 0);
+  EXPECT_TRUE(a.waits_for_cause());
+  EXPECT_TRUE(b.waits_for_cause());
+  EXPECT_FALSE(c.waits_for_cause());
+  EXPECT_LT(a.weight, b.weight);
+  EXPECT_LT(b.weight, c.weight);
+}
+
+TEST(Retry, AFailureWithoutAReasonIsInfrastructure) {
+  const Failure failure = FailureOf(v1::Failure(), 3);
+  EXPECT_EQ(failure.reason.owner(), "INFRASTRUCTURE");
+  EXPECT_EQ(failure.step, 3);
+}
+
+}  // namespace
+}  // namespace ppft::coordinator
