@@ -38,7 +38,9 @@ std::string Number(double value) { return json(value).dump(); }
 std::string Parameters(const v1::JobSpec& spec) {
   std::vector<std::string> sources;
   for (const v1::DatasetSpec& dataset : spec.data().datasets()) {
-    sources.push_back(absl::StrCat("`", Inline(dataset.source().empty() ? dataset.path() : dataset.source()), "` (", dataset.type(), ")"));
+    // The file's name alone: a card is published, and folders of somebody's machine do not belong into it.
+    const std::string& source = dataset.source().empty() ? dataset.path() : dataset.source();
+    sources.push_back(absl::StrCat("`", Inline(source.substr(source.rfind('/') + 1)), "` (", dataset.type(), ")"));
   }
   const v1::TrainingSpec& t = spec.training();
   std::string out = "| parameter | value |\n|---|---|\n";
