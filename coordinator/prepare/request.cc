@@ -89,6 +89,8 @@ absl::Status ParseData(const Json& json, DataOptions* data) {
   PPFT_RETURN_IF_ERROR(fields.NoOthers());
 
   if (data->sequence_len == 0) return BadSpec("data.sequence_len", "is missing");
+  if (eos.empty()) eos = "turn";
+  if (data->excess_length_strategy.empty()) data->excess_length_strategy = "truncate";
   if (eos != "all" && eos != "turn" && eos != "last" && eos != "none") return BadSpec("data.train_on_eos", "expected all, turn, last or none");
   data->train_on_eos = eos != "none";
   const std::string& strategy = data->excess_length_strategy;

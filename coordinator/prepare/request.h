@@ -10,7 +10,8 @@
 //    "vocab_size": 512,                    of the base model; every id must be below
 //    "max_position_embeddings": 512,       of the base model; 0 = not checked
 //    "data": {DataSpec in snake_case},     instruction_prefix, response_prefix, train_on_inputs, train_on_eos, sequence_len,
-//                                          excess_length_strategy, val_set_size; its other keys are accepted and not read
+//                                          excess_length_strategy, val_set_size; its other keys are accepted and not read.
+//                                          The spec is resolved: an absent prefix is empty, as proto JSON leaves it out
 //    "datasets": [{"file": PATH, "source": "train.jsonl", "type": "summarization", "field_map": {"document": "text"}}],
 //    "test_datasets": [...],               optional, the same shape: evaluation rows; excludes val_set_size above 0
 //    "seed": 42,                           chooses the held-out rows
@@ -47,8 +48,8 @@ struct DatasetRequest {
 };
 
 struct DataOptions {
-  std::string instruction_prefix = "Summarize the following article:\n\n";
-  std::string response_prefix = "\n\nSummary:\n";
+  std::string instruction_prefix;
+  std::string response_prefix;
   bool train_on_inputs = false;
   bool train_on_eos = true;  // train_on_eos is not "none"
   int64_t sequence_len = 0;

@@ -11,6 +11,8 @@ from safetensors import safe_open
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 BINARY = ROOT / 'build/bin/ppft-prepare'
+INSTRUCTION = 'Summarize the following article:\n\n'
+RESPONSE = '\n\nSummary:\n'
 ASSETS = pathlib.Path(os.environ.get('PPFT_ASSETS', ROOT.parent / 'shared/assets'))
 
 
@@ -40,7 +42,7 @@ class Prepare:
         """datasets: (file, type) or (file, type, field_map)."""
         def entry(path, kind, field_map=None):
             return {'file': str(path), 'source': path.name, 'type': kind, 'field_map': field_map or {}}
-        data = {'sequence_len': 64, **data}
+        data = {'sequence_len': 64, 'instruction_prefix': INSTRUCTION, 'response_prefix': RESPONSE, **data}
         request = {'tokenizer_dir': self.tokenizer_dir, 'vocab_size': self.vocab_size, 'data': data, 'seed': seed, 'threads': threads,
                    'datasets': [entry(*d) for d in datasets], 'test_datasets': [entry(*d) for d in test_datasets],
                    'output_train': str(self.folder / 'train.safetensors'), 'output_eval': str(self.folder / 'eval.safetensors')}

@@ -4,11 +4,9 @@ import json
 import random
 
 import pytest
-from prepare_tool import ASSETS, Prepare, asset
+from prepare_tool import ASSETS, INSTRUCTION, RESPONSE, Prepare, asset
 from transformers import AutoTokenizer
 
-INSTRUCTION = 'Summarize the following article:\n\n'
-RESPONSE = '\n\nSummary:\n'
 TOKENIZERS = {'own': None, 'stories260K': ('models', 'stories260K-hf'), 'llama3.2': ('tokenizers', 'hf_llama3_2'), 'qwen2.5': ('tokenizers', 'hf_qwen2_5'),
               'gpt2': ('tokenizers', 'hf_gpt2')}
 
@@ -74,6 +72,14 @@ def test_summarization(tool):
     path = tool.write('rows.jsonl', [{'dialogue': a, 'tldr': b} for a, b, _ in expected])
     assert tool.request([(path, 'summarization', {'document': 'dialogue', 'summary': 'tldr'})], sequence_len=100000)['ok']
     compare(tool, tokenizer, expected)
+
+
+def test_empty_prefixes_are_kept_empty(tool):
+    tool, tokenizer = tool
+    path = tool.write('rows.jsonl', [{'document': 'A dog ran.', 'summary': ' A dog'}])
+    for prefixes in ({'instruction_prefix': '', 'response_prefix': ''}, {'instruction_prefix': None, 'response_prefix': None}):
+        assert tool.request([(path, 'summarization')], **prefixes)['ok']
+        assert tool.tokens()[0][1:] == expect(tokenizer, 'A dog ran.', ' A dog')
 
 
 def test_completion(tool):
