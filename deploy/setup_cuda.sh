@@ -3,6 +3,7 @@
 
 cuda=(
   nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96
+  nvidia-cuda-nvrtc==13.0.88
   nvidia-cudnn-cu13==9.19.0.56 nvidia-nccl-cu13==2.28.9 nvidia-cudnn-frontend==1.32.0
 )
 
