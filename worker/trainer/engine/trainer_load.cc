@@ -20,6 +20,9 @@
 namespace ppft::trainer {
 namespace {
 
+// Peers load their stages before they answer.
+constexpr absl::Duration kPeersLoad = absl::Minutes(10);
+
 absl::Status ModelInvalid(const absl::Status& status) {
   if (absl::IsResourceExhausted(status)) return status;
   return WithReason(status, "MODEL_INVALID", "USER", "register a complete Llama model again");
@@ -80,6 +83,7 @@ absl::Status Trainer::Load() {
   model_config_ = *std::move(parsed);
   PPFT_RETURN_IF_ERROR(LoadData());
   PPFT_RETURN_IF_ERROR(LoadStages());
+  activity_.Enter(Section::kConnecting);  // from here on it waits for the others
   Log(absl::StrFormat("rank %d loaded in %.2f s", config_.rank, absl::ToDoubleSeconds(absl::Now() - begin)));
   return absl::OkStatus();
 }
@@ -136,7 +140,7 @@ absl::Status Trainer::Connect(TcpListener listener, const std::vector<std::strin
     options.rank = config_.rank;
     options.size = size;
     options.stall_timeout = config_.stall_timeout;
-    options.connect_timeout = std::max(config_.stall_timeout, absl::Seconds(60));
+    options.connect_timeout = std::max(config_.stall_timeout, kPeersLoad);
     // All that a step can leave unclaimed or unsent, so that the order of a proven program never waits for room.
     options.ring_frames = 16 + 2 * std::max(plan().num_microbatches, eval_window_) * plan().virtual_stages;
     const int pp = plan().pipeline_parallel_size;
