@@ -100,12 +100,12 @@ std::string FormatTable(const std::vector<std::vector<std::string>>& rows) {
   return out;
 }
 
-std::string StepText(const v1::JobStatus& status) {
+std::string StepText(const v1::JobStatus& status, bool brief) {
   std::vector<std::string> parts;
   parts.push_back(status.total_steps() > 0 ? absl::StrCat("step ", status.step(), "/", status.total_steps()) : absl::StrCat("step ", status.step()));
   if (status.has_loss()) parts.push_back(absl::StrCat("loss ", FormatLoss(status.loss())));
   if (status.has_eval_loss()) parts.push_back(absl::StrCat("eval_loss ", FormatLoss(status.eval_loss())));
-  if (status.has_learning_rate()) parts.push_back(absl::StrFormat("lr %.3g", status.learning_rate()));
+  if (status.has_learning_rate() && !brief) parts.push_back(absl::StrFormat("lr %.3g", status.learning_rate()));
   if (status.tokens_per_second() > 0) parts.push_back(absl::StrCat(FormatCount(status.tokens_per_second()), " tok/s"));
   if (status.has_eta() && !IsTerminal(status.state())) parts.push_back(absl::StrCat("eta ", ShortDuration(ToDuration(status.eta()))));
   return absl::StrJoin(parts, "  ");
@@ -145,7 +145,7 @@ std::string BarLine(const v1::Job& job, size_t width) {
   if (status.state() == v1::JOB_STATE_RUNNING && status.total_steps() > 0) {
     const int filled = static_cast<int>(std::clamp<int64_t>(status.step() * kBar / status.total_steps(), 0, kBar));
     for (int i = 0; i < kBar; ++i) line += i < filled ? "█" : "░";
-    absl::StrAppend(&line, "  ", StepText(status));
+    absl::StrAppend(&line, "  ", StepText(status, /*brief=*/true));
   } else {
     line = StatusLine(job);
   }
@@ -192,6 +192,9 @@ std::string FormatPreviewRow(const v1::PreviewDatasetResponse::Row& row, bool co
       text += token.text();
       continue;
     }
+    // Without text of its own: a special token, or the rest of a character whose first token stands for all its bytes.
+    const bool special = (absl::StartsWith(token.piece(), "<") || absl::StartsWith(token.piece(), "[")) && !absl::StartsWith(token.piece(), "<0x");
+    if (!special) continue;
     flush();
     const std::string piece = Printable(token.piece());
     out += color && !open ? absl::StrCat(kAdded, piece, kPlain) : piece;

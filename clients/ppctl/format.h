@@ -30,8 +30,8 @@ std::string FormatTable(const std::vector<std::vector<std::string>>& rows);
 // Number of terminal columns of UTF-8 text (one per character).
 size_t DisplayWidth(absl::string_view text);
 
-// "step 12/200  loss 3.412  lr 0.0002  1.2k tok/s  eta 2m05s"
-std::string StepText(const v1::JobStatus& status);
+// "step 12/200  loss 3.412  lr 0.0002  1.2k tok/s  eta 2m05s"; brief: without the learning rate.
+std::string StepText(const v1::JobStatus& status, bool brief = false);
 // "NO_CAPACITY: needs 4 devices, 2 are there. Start more workers." — empty if there is no reason.
 std::string ReasonText(const v1::Reason& reason);
 // One plain line for where the job is now.

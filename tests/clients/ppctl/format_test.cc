@@ -102,6 +102,16 @@ v1::PreviewDatasetResponse::Row PreviewRow() {
   return row;
 }
 
+TEST(Preview, TheRestOfACharacterIsNotPrintedTwice) {
+  v1::PreviewDatasetResponse::Row row;
+  for (const auto& [text, piece] : {std::pair<const char*, const char*>{"é", "<0xC3>"}, {"", "<0xA9>"}, {"ü", "Ã"}, {"", "¼"}}) {
+    auto* token = row.add_tokens();
+    token->set_text(text);
+    token->set_piece(piece);
+  }
+  EXPECT_EQ(FormatPreviewRow(row, false), "row 0: 4 tokens, 0 supervised\néü\n");
+}
+
 TEST(Preview, MarksSupervisedTokens) {
   EXPECT_EQ(FormatPreviewRow(PreviewRow(), false), "row 1: 6 tokens, 3 supervised\n<s>The c[[ é</s>]]\n");
   EXPECT_EQ(FormatPreviewRow(PreviewRow(), true), "row 1: 6 tokens, 3 supervised\n\x1b[2m<s>\x1b[0mThe c\x1b[1;32m é</s>\x1b[0m\n");

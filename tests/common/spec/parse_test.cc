@@ -2,6 +2,8 @@
 #include <google/protobuf/util/message_differencer.h>
 #include <gtest/gtest.h>
 
+#include <random>
+
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "common/spec/schema.h"
@@ -276,6 +278,38 @@ TEST(ToYaml, ParsesBackToTheSameMessage) {
     EXPECT_TRUE(differencer.Compare(first.spec, second.spec)) << difference << yaml;
     EXPECT_TRUE(Check(first.spec).empty());
   }
+}
+
+// Damaged files: an error or a valid job, never anything else. The generator's seed is fixed.
+TEST(Parse, DamagedFilesAreRefusedOrValid) {
+  const std::string whole = absl::StrCat(
+      kMinimum, "name: n0\nlabels: {a: 'x'}\ntraining:\n  max_steps: 3\n  learning_rate: 1e-3\nadapter: {r: 4, target_modules: [q_proj, \"v_proj\"]}\n",
+      "limits: {max_duration: 1h}\noutput:\n  formats:\n  - adapter\n  - merged\nparallel: {layers_per_stage: [3, 2], pipeline_parallel_size: 2}\n");
+  ASSERT_TRUE(Parse("job.yaml", whole).ok()) << ErrorsOf(whole);
+  std::minstd_rand random(1);
+  constexpr char kBytes[] = "[]{}:,-\"'&*!|>#%@`\n\t 019.eInf~\\x\xc3\xa9";
+  int valid = 0;
+  for (int round = 0; round < 3000; ++round) {
+    std::string text = whole;
+    for (int edits = 1 + static_cast<int>(random() % 3); edits > 0; --edits) {
+      const size_t at = random() % text.size();
+      const char byte = kBytes[random() % (sizeof(kBytes) - 1)];
+      if (random() % 3 == 0) {
+        text.erase(at, 1 + random() % 8);
+      } else if (random() % 2 == 0) {
+        text.insert(at, 1, byte);
+      } else {
+        text[at] = byte;
+      }
+    }
+    const ParseResult result = Parse("job.yaml", text);
+    if (!result.ok()) continue;
+    ++valid;
+    EXPECT_TRUE(Check(result.spec).empty()) << text;
+    const ParseResult again = Parse("job.yaml", ToYaml(result.spec));
+    EXPECT_TRUE(google::protobuf::util::MessageDifferencer::Equals(result.spec, again.spec)) << text << Errors(again);
+  }
+  EXPECT_GT(valid, 10);
 }
 
 TEST(Nearest, FindsSlipsAndNothingElse) {
