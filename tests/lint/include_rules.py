@@ -36,7 +36,7 @@ EDGES = [
     ("prometheus-cpp", r"prometheus/", ["common/metrics"]),
     ("yaml-cpp", r"yaml-cpp/", ["common/spec", "clients"]),
     ("CLI11", r"CLI/", ["clients", "coordinator/main.cc", "coordinator/prepare", "worker/agent", "worker/trainer"]),
-    ("CUDA", r"(cuda|nccl|cudnn|cublas)[a-z_0-9A-Z]*(\.h|/)", ["worker/trainer/kernels/cuda", "worker/trainer/comm/cuda"]),
+    ("CUDA", r"(cuda|nccl|cudnn|cublas)[a-z_0-9A-Z]*(\.h|/)", ["worker/trainer/cuda", "worker/trainer/kernels/cuda", "worker/trainer/comm/cuda", "worker/trainer/comm/nccl"]),
     ("SentencePiece", r"sentencepiece", ["common/text"]),
 ]
 
