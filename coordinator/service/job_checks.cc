@@ -26,6 +26,9 @@ bool IsDatasetId(const std::string& path) { return absl::StartsWith(path, "ds-")
 
 void CheckModelName(const std::string& name, const SpecFacts& facts, std::vector<v1::Violation>& violations) {
   if (name.empty() || facts.model.has_value()) return;
+  for (const v1::Violation& violation : violations) {
+    if (violation.field() == "model.base_model") return;  // one sentence is enough
+  }
   if (absl::StrContains(name, "..") || absl::StrContains(name, "/")) {
     return Add(violations, "model.base_model",
                absl::StrCat("\"", name, "\" is a path: name a registered model (register a folder under a model root with `ppctl models register`)"));
