@@ -17,7 +17,9 @@ class JobPlanner {
  public:
   PlanAttempt Plan(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices);
   // What PlanJob shows; also for a job whose data is not prepared.
-  absl::StatusOr<PlanDraft> Draft(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices);
+  // supervised_ratio: see PlanJobRequest.
+  absl::StatusOr<PlanDraft> Draft(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices,
+                                  double supervised_ratio);
 
  private:
   absl::StatusOr<PlanRequest> RequestFor(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices);

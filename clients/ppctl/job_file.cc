@@ -13,7 +13,6 @@
 #include "common/base/files.h"
 #include "common/base/sha256.h"
 #include "common/base/status.h"
-#include "common/data/rows.h"
 
 namespace ppft::ctl {
 namespace {
@@ -76,7 +75,10 @@ absl::StatusOr<JobFile> JobFile::FromText(Context& context, const std::string& n
 void JobFile::FindLocalFiles(google::protobuf::RepeatedPtrField<v1::DatasetSpec>* datasets, const std::string& field, const std::string& base_folder) {
   for (int i = 0; i < datasets->size(); ++i) {
     v1::DatasetSpec* dataset = datasets->Mutable(i);
-    if (dataset->path().empty() || IsDatasetId(dataset->path())) continue;
+    if (dataset->path().empty() || IsDatasetId(dataset->path())) {
+      all_rows_seen_ = false;
+      continue;
+    }
     local_files_.push_back({dataset, absl::StrCat(field, "[", i, "].path"), Resolved(dataset->path(), base_folder)});
   }
 }
@@ -107,7 +109,9 @@ std::vector<std::string> JobFile::CheckLocalFiles() {
       const v1::DatasetSpec& dataset = *local.dataset;
       if (dataset.type().empty()) continue;  // already refused
       const std::map<std::string, std::string> field_map(dataset.field_map().begin(), dataset.field_map().end());
-      const absl::Status rows = data::CheckRows(dataset.source(), bytes->bytes(), dataset.type(), field_map);
+      const absl::StatusOr<data::RowTotals> totals = data::MeasureRows(dataset.source(), bytes->bytes(), dataset.type(), field_map);
+      if (totals.ok()) Count(local, *totals);
+      const absl::Status& rows = totals.status();
       if (!rows.ok() &&
           !(absl::IsInvalidArgument(rows) && !parsed_.ok() && data::MakeRowFormat(dataset.source(), dataset.type(), field_map).status() == rows)) {
         complaints.push_back(std::string(rows.message()));
@@ -115,6 +119,19 @@ std::vector<std::string> JobFile::CheckLocalFiles() {
     }
   }
   return complaints;
+}
+
+void JobFile::Count(const LocalFile& local, const data::RowTotals& totals) {
+  if (!absl::StartsWith(local.field, "data.datasets")) return;
+  const v1::DataSpec& data = parsed_.spec.data();
+  int64_t prefixes = 0;
+  if (local.dataset->type() == "summarization") prefixes = totals.rows * static_cast<int64_t>(data.instruction_prefix().size() + data.response_prefix().size());
+  text_bytes_ += totals.context_bytes + totals.answer_bytes + prefixes;
+  answer_bytes_ += data.train_on_inputs() ? totals.context_bytes + totals.answer_bytes + prefixes : totals.answer_bytes;
+}
+
+double JobFile::supervised_ratio() const {
+  return all_rows_seen_ && text_bytes_ > 0 ? static_cast<double>(answer_bytes_) / static_cast<double>(text_bytes_) : 0;
 }
 
 std::string JobFile::CheckAdapterFolder(const std::string& base_folder) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "clients/ppctl/commands.h"
+#include "common/data/rows.h"
 #include "common/spec/spec.h"
 
 namespace ppft::ctl {
@@ -20,6 +21,8 @@ class JobFile {
 
   const v1::JobSpec& spec() const { return parsed_.spec; }
   v1::JobSpec* mutable_spec() { return &parsed_.spec; }
+  // Share of the training text that is learned, by its bytes; 0 if a dataset is not on this machine.
+  double supervised_ratio() const;
 
   // Asks the model for what the file leaves open (the longest sequence).
   absl::Status Resolve(Context& context);
@@ -40,11 +43,15 @@ class JobFile {
   void FindLocalFiles(google::protobuf::RepeatedPtrField<v1::DatasetSpec>* datasets, const std::string& field, const std::string& base_folder);
   // One line for each complaint.
   std::vector<std::string> CheckLocalFiles();
+  void Count(const LocalFile& local, const data::RowTotals& totals);
   std::string CheckAdapterFolder(const std::string& base_folder);
   std::string At(const std::string& field, const std::string& message) const;
 
   spec::ParseResult parsed_;
   std::vector<LocalFile> local_files_;
+  int64_t text_bytes_ = 0;  // of the training rows that are on this machine
+  int64_t answer_bytes_ = 0;
+  bool all_rows_seen_ = true;
   std::string adapter_folder_;  // "" = none
   std::string subject_;         // what is wrong, in the closing line: the file's name
 };

@@ -80,6 +80,7 @@ Result Plan(Context& context, const JobFileOptions& options) {
   PPFT_ASSIGN_OR_RETURN(const JobFile job, Checked(context, options));
   v1::PlanJobRequest request;
   *request.mutable_spec() = job.spec();
+  request.set_supervised_ratio(job.supervised_ratio());
   v1::PlanJobResponse response;
   PPFT_RETURN_IF_ERROR(context.Call(context.jobs(), &v1::JobService::StubInterface::PlanJob, request, &response));
   PPFT_RETURN_IF_ERROR(job.Report(context, response.violations()));

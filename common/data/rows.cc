@@ -267,16 +267,25 @@ absl::StatusOr<bool> RowReader::Next(Row* row) {
   return true;
 }
 
-absl::Status CheckRows(absl::string_view source, absl::string_view bytes, absl::string_view type, const std::map<std::string, std::string>& field_map) {
+absl::StatusOr<RowTotals> MeasureRows(absl::string_view source, absl::string_view bytes, absl::string_view type,
+                                      const std::map<std::string, std::string>& field_map) {
   PPFT_ASSIGN_OR_RETURN(RowFormat format, MakeRowFormat(source, type, field_map));
   RowReader reader(bytes, std::move(format));
   Row row;
-  bool any = false;
+  RowTotals totals;
   while (true) {
     PPFT_ASSIGN_OR_RETURN(const bool found, reader.Next(&row));
-    if (!found) return any ? absl::OkStatus() : EmptyDatasetError(source);
-    any = true;
+    if (!found) break;
+    ++totals.rows;
+    totals.context_bytes += static_cast<int64_t>(row.context.size());
+    totals.answer_bytes += static_cast<int64_t>(row.answer.size());
   }
+  if (totals.rows == 0) return EmptyDatasetError(source);
+  return totals;
+}
+
+absl::Status CheckRows(absl::string_view source, absl::string_view bytes, absl::string_view type, const std::map<std::string, std::string>& field_map) {
+  return MeasureRows(source, bytes, type, field_map).status();
 }
 
 }  // namespace ppft::data

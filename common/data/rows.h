@@ -57,7 +57,17 @@ class RowReader {
   int64_t number_ = 0;  // of the row read last
 };
 
+// What a file's rows hold, in bytes of text.
+struct RowTotals {
+  int64_t rows = 0;
+  int64_t context_bytes = 0;
+  int64_t answer_bytes = 0;
+};
+
 // Reads the whole file. INVALID_ARGUMENT: the first bad row, or a file without rows.
+absl::StatusOr<RowTotals> MeasureRows(absl::string_view source, absl::string_view bytes, absl::string_view type,
+                                      const std::map<std::string, std::string>& field_map);
+// The same for those who only want to know whether all is well.
 absl::Status CheckRows(absl::string_view source, absl::string_view bytes, absl::string_view type, const std::map<std::string, std::string>& field_map);
 
 // "source: the dataset is empty: …"

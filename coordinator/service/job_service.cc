@@ -84,7 +84,7 @@ grpc::ServerUnaryReactor* JobServiceImpl::PlanJob(grpc::CallbackServerContext* c
     }));
     v1::JobRecord record;
     *record.mutable_job()->mutable_spec() = request->spec();
-    PPFT_ASSIGN_OR_RETURN(PlanDraft draft, JobPlanner().Draft(record, ground.model, ground.devices));
+    PPFT_ASSIGN_OR_RETURN(PlanDraft draft, JobPlanner().Draft(record, ground.model, ground.devices, request->supervised_ratio()));
     *response->mutable_plan() = std::move(draft.plan);
     response->set_fits(draft.fit.ok());
     response->set_reason(draft.fit.ok() ? "" : std::string(draft.fit.message()));
