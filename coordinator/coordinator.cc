@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <nlohmann/json.hpp>
 
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
@@ -57,6 +58,16 @@ std::string BindError(const HostPort& address) {
   if (bind(probe.get(), found->ai_addr, found->ai_addrlen) != 0) error = std::strerror(errno);
   freeaddrinfo(found);
   return error.empty() ? "the server could not start" : error;
+}
+
+// Prometheus's HTTP service discovery: where the workers' series are.
+std::string ServiceDiscovery(const std::vector<v1::Worker>& workers) {
+  nlohmann::json groups = nlohmann::json::array();
+  for (const v1::Worker& worker : workers) {
+    if (worker.state() != "ready" || worker.metrics_address().empty()) continue;
+    groups.push_back({{"targets", {worker.metrics_address()}}, {"labels", {{"worker", worker.name()}}}});
+  }
+  return groups.dump();
 }
 
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const TlsFiles& tls) {
@@ -118,7 +129,11 @@ absl::Status Coordinator::Serve(const CoordinatorOptions& options) {
       });
   cluster_service_ = std::make_unique<ClusterServiceImpl>(controller, options.version, options.data_dir);
   worker_service_ = std::make_unique<WorkerServiceImpl>(controller, artifacts_->worker_files());
-  PPFT_ASSIGN_OR_RETURN(metrics_http_, metrics::HttpServer::Start(options.metrics_listen, metrics_->registry()));
+  PPFT_ASSIGN_OR_RETURN(metrics_http_, metrics::HttpServer::Start(options.metrics_listen, metrics_->registry(), [controller] {
+                          const auto workers =
+                              controller->Run([controller](JobStore&) -> absl::StatusOr<std::vector<v1::Worker>> { return controller->Workers(); });
+                          return ServiceDiscovery(workers.ok() ? *workers : std::vector<v1::Worker>());
+                        }));
 
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();

@@ -11,6 +11,7 @@
 #include "coordinator/core/checkpoints.h"
 #include "coordinator/core/job_state.h"
 #include "coordinator/core/progress.h"
+#include "coordinator/core/steps.h"
 #include "coordinator/job_controller.h"
 
 namespace ppft::coordinator {
@@ -249,8 +250,11 @@ void JobController::OnPrepared(const std::string& id, int64_t work_id, const abs
     }
     return;
   }
-  *job->record.mutable_prepared() = *result;
   const v1::TokenStatistics& train = result->train();
+  const absl::StatusOr<int64_t> total = TotalSteps(job->record.job().spec(), train);
+  if (!total.ok()) return Move(*job, v1::JOB_STATE_FAILED, MakeReason("SPEC_INVALID", total.status().message(), "correct the job file and submit again"));
+  *job->record.mutable_prepared() = *result;
+  job->record.mutable_job()->mutable_status()->set_total_steps(*total);
   const std::string text = absl::StrCat(train.rows(), " rows, ", train.tokens(), " tokens, ", train.supervised_tokens(), " supervised",
                                         result->has_eval_tokens() ? absl::StrCat("; ", result->eval().rows(), " evaluation rows") : "");
   AddLog(*job, "prepare", "INFO", text);

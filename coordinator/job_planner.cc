@@ -5,32 +5,17 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/base/status.h"
-#include "common/data/batch_plan.h"
 #include "common/model/config.h"
+#include "coordinator/core/steps.h"
 
 namespace ppft::coordinator {
 
 absl::StatusOr<int64_t> JobPlanner::TotalSteps(const v1::JobRecord& record) {
   const v1::JobSpec& spec = record.job().spec();
-  if (spec.training().has_max_steps()) return spec.training().max_steps();
-  if (!record.has_prepared()) return 0;
+  if (!record.has_prepared() && !spec.training().has_max_steps()) return 0;
   if (const auto it = total_steps_.find(record.job().id()); it != total_steps_.end()) return it->second;
-  const v1::TrainingSpec& training = spec.training();
-  data::SamplerOptions options;
-  options.seed = static_cast<uint64_t>(spec.seed());
-  options.shuffle = spec.data().shuffle();
-  options.sample_packing = spec.data().sample_packing();
-  options.sequence_len = spec.data().sequence_len();
-  options.micro_batch_size = training.micro_batch_size();
-  options.data_parallel_size = std::max(1, spec.parallel().data_parallel_size());
-  options.num_microbatches = training.has_global_batch_size() ? training.global_batch_size() / (training.micro_batch_size() * options.data_parallel_size)
-                                                              : training.gradient_accumulation_steps();
-  data::RowSizes sizes;
-  const v1::TokenStatistics& train = record.prepared().train();
-  sizes.tokens.assign(train.lengths().begin(), train.lengths().end());
-  sizes.targets.assign(train.targets().begin(), train.targets().end());
-  PPFT_ASSIGN_OR_RETURN(data::Sampler sampler, data::Sampler::Create(std::move(sizes), options));
-  return total_steps_[record.job().id()] = sampler.TotalSteps(training.num_epochs(), 0);
+  PPFT_ASSIGN_OR_RETURN(const int64_t total, coordinator::TotalSteps(spec, record.prepared().train()));
+  return total_steps_[record.job().id()] = total;
 }
 
 absl::StatusOr<PlanRequest> JobPlanner::RequestFor(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices) {

@@ -68,6 +68,7 @@ absl::Status JobController::OnHello(const std::shared_ptr<WorkerLink>& link, con
   worker.shown.set_incarnation(hello.incarnation());
   worker.shown.set_version(hello.version());
   worker.shown.set_address(hello.address());
+  worker.shown.set_metrics_address(hello.metrics_address());
   *worker.shown.mutable_devices() = hello.devices();
   worker.shown.mutable_connect_time()->set_seconds(now_unix_ms() / 1000);
   worker.link = link;

@@ -40,6 +40,9 @@ class Cli {
         "the job failed.\n"
         "Data goes to standard output, messages and progress to standard error.");
     app_.add_option("--server", context_.server, "Coordinator, HOST:PORT")->envname("PPCTL_SERVER")->capture_default_str();
+    app_.add_option("--tls-ca", context_.tls.ca, "PEM authority of the coordinator's certificate")->envname("PPCTL_TLS_CA");
+    app_.add_option("--tls-cert", context_.tls.certificate, "PEM certificate to show to it")->envname("PPCTL_TLS_CERT");
+    app_.add_option("--tls-key", context_.tls.key, "PEM key of that certificate")->envname("PPCTL_TLS_KEY");
     app_.add_option("--timeout", timeout_, "How long to wait for the coordinator: 30s, 5m")->envname("PPCTL_TIMEOUT")->capture_default_str();
     app_.add_option("-o,--output", output_, "table, json, yaml or name")->envname("PPCTL_OUTPUT")->capture_default_str();
     JobFileCommands();

@@ -97,7 +97,9 @@ absl::Status Context::Connect() {
   if (colon == std::string::npos || colon == 0 || !absl::SimpleAtoi(server.substr(colon + 1), &port) || port < 1 || port > 65535) {
     return absl::InvalidArgumentError(absl::StrCat("\"", server, "\" is not an address: use --server HOST:PORT, such as 127.0.0.1:7070"));
   }
-  channel_ = net::MakeChannel(server);
+  net::ChannelOptions options;
+  PPFT_ASSIGN_OR_RETURN(options.credentials, net::LoadCredentials(tls, "--tls-"));
+  channel_ = net::MakeChannel(server, options);
   jobs_ = v1::JobService::NewStub(channel_);
   datasets_ = v1::DatasetService::NewStub(channel_);
   models_ = v1::ModelService::NewStub(channel_);

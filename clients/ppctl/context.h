@@ -13,6 +13,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "absl/types/optional.h"
+#include "common/net/channel.h"
 #include "common/net/transfer.h"
 #include "google/protobuf/message.h"
 #include "ppft/v1/artifact.grpc.pb.h"
@@ -59,6 +60,7 @@ class Context {
   explicit Context(Terminal* terminal) : terminal_(terminal) {}
 
   std::string server = "127.0.0.1:7070";
+  net::TlsFiles tls;
   absl::Duration timeout = absl::Seconds(30);
   bool timeout_given = false;
   Format format = Format::kTable;

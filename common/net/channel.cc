@@ -4,12 +4,32 @@
 #include <chrono>
 #include <random>
 
+#include "absl/strings/str_cat.h"
+#include "common/base/files.h"
+
 namespace ppft::net {
 namespace {
+
+constexpr int64_t kMaxPemBytes = 1 << 20;
 
 int Millis(absl::Duration d) { return static_cast<int>(absl::ToInt64Milliseconds(d)); }
 
 }  // namespace
+
+absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> LoadCredentials(const TlsFiles& files, absl::string_view flag_prefix) {
+  if (files.ca.empty() && files.certificate.empty() && files.key.empty()) return nullptr;
+  if (files.ca.empty() || files.certificate.empty() || files.key.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(flag_prefix, "ca, ", flag_prefix, "cert and ", flag_prefix, "key belong together: give all three or none"));
+  }
+  grpc::SslCredentialsOptions options;
+  for (const auto& [path, pem] : {std::make_pair(&files.ca, &options.pem_root_certs), std::make_pair(&files.certificate, &options.pem_cert_chain),
+                                  std::make_pair(&files.key, &options.pem_private_key)}) {
+    absl::StatusOr<std::string> text = ReadFile(*path, kMaxPemBytes);
+    if (!text.ok()) return absl::InvalidArgumentError(text.status().message());
+    *pem = *std::move(text);
+  }
+  return grpc::SslCredentials(options);
+}
 
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, const ChannelOptions& options) {
   grpc::ChannelArguments args;
@@ -25,7 +45,7 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, const Cha
   args.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   // Channels of one process to one address would share a connection and its backoff; each keeps its own.
   args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), args);
+  return grpc::CreateCustomChannel(address, options.credentials != nullptr ? options.credentials : grpc::InsecureChannelCredentials(), args);
 }
 
 void ApplyServerLimits(grpc::ServerBuilder* builder) {

@@ -7,6 +7,8 @@
 #include <memory>
 #include <string>
 
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 
 namespace ppft::net {
@@ -14,14 +16,26 @@ namespace ppft::net {
 constexpr int kMaxMessageBytes = 4 << 20;
 constexpr int kChunkBytes = 1 << 20;  // of file streams
 
+// PEM files for mutual TLS: the authority that signed the server's certificate, and this side's own certificate and key.
+struct TlsFiles {
+  std::string ca;
+  std::string certificate;
+  std::string key;
+};
+
+// Null for no files at all: no encryption. INVALID_ARGUMENT if only some are named (`flag_prefix`, e.g. "--tls_", begins the flags' names in the
+// message) or one cannot be read.
+absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> LoadCredentials(const TlsFiles& files, absl::string_view flag_prefix);
+
 struct ChannelOptions {
+  std::shared_ptr<grpc::ChannelCredentials> credentials;  // null: without encryption, for loopback
   absl::Duration keepalive_time = absl::Seconds(20);
   absl::Duration keepalive_timeout = absl::Seconds(10);
   absl::Duration min_backoff = absl::Milliseconds(200);  // between attempts to connect
   absl::Duration max_backoff = absl::Seconds(5);
 };
 
-// A channel to HOST:PORT; connects when first used. Without encryption: loopback and trusted networks.
+// A channel to HOST:PORT; connects when first used.
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, const ChannelOptions& options = {});
 
 // The server's side of the same: message limits, keepalive, and patience with the clients' pings.

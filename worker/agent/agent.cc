@@ -35,7 +35,7 @@ Agent::Agent(AgentOptions options, metrics::WorkerMetrics* metrics)
     : options_(std::move(options)),
       incarnation_(RandomIncarnation()),
       metrics_(metrics),
-      channel_(net::MakeChannel(options_.coordinator)),
+      channel_(net::MakeChannel(options_.coordinator, options_.channel)),
       stub_(v1::WorkerService::NewStub(channel_)),
       reports_([this] {
         if (link_ != nullptr) link_->Wake(false);
@@ -79,6 +79,7 @@ absl::Status Agent::Run() {
     hello.set_incarnation(incarnation_);
     hello.set_version(options_.version);
     hello.set_address(options_.address);
+    hello.set_metrics_address(options_.metrics_address);
     for (const v1::Device& device : options_.devices) *hello.add_devices() = device;
     for (const v1::RankKey& key : Running()) *hello.add_running() = key;
     return hello;

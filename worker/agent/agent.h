@@ -16,6 +16,7 @@
 
 #include "absl/status/status.h"
 #include "common/metrics/metrics.h"
+#include "common/net/channel.h"
 #include "worker/agent/file_cache.h"
 #include "worker/agent/link.h"
 #include "worker/agent/rank_runner.h"
@@ -30,6 +31,8 @@ struct AgentOptions {
   std::string work_directory;
   std::string trainer_binary;
   std::string version;
+  std::string metrics_address;  // HOST:PORT, as others reach it
+  net::ChannelOptions channel;
   int64_t cache_limit_bytes = int64_t{100} << 30;
   std::vector<v1::Device> devices;
 };

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <thread>
 
+#include "absl/strings/match.h"
 #include "common/base/files.h"
 #include "common/base/logging.h"
 #include "common/metrics/metrics.h"
@@ -45,6 +46,7 @@ int main(int argc, char** argv) {
   std::string metrics_listen = "127.0.0.1:0";
   int threads_per_slot = 0;
   double cache_gib = 100;
+  ppft::net::TlsFiles tls;
   CLI::App app("Offers this host's devices to a ppft coordinator and runs trainers on them.");
   app.add_option("--coordinator", options.coordinator, "HOST:PORT of the coordinator")->capture_default_str();
   app.add_option("--devices", devices, "cpu:N: N slots that share the host's cores")->capture_default_str();
@@ -54,6 +56,9 @@ int main(int argc, char** argv) {
   app.add_option("--address", options.address,
                  "address where trainers of other hosts reach this host's; default: the local end of the route to the coordinator");
   app.add_option("--metrics_listen", metrics_listen, "HOST:PORT of /metrics; port 0 = any")->capture_default_str();
+  app.add_option("--tls_ca", tls.ca, "PEM authority of the coordinator's certificate");
+  app.add_option("--tls_cert", tls.certificate, "PEM certificate to show to the coordinator");
+  app.add_option("--tls_key", tls.key, "PEM key of that certificate");
   app.add_option("--trainer", options.trainer_binary, "the ppft-trainer binary; default: beside this one");
   app.add_option("--cache_limit_gib", cache_gib, "the file cache drops its least recently used files beyond this")
       ->check(CLI::PositiveNumber)
@@ -69,6 +74,9 @@ int main(int argc, char** argv) {
   if (!offered.ok()) return Fail(offered.status());
   options.devices = *std::move(offered);
   options.cache_limit_bytes = static_cast<int64_t>(cache_gib * (1 << 30));
+  auto credentials = ppft::net::LoadCredentials(tls, "--tls_");
+  if (!credentials.ok()) return Fail(credentials.status());
+  options.channel.credentials = *credentials;
   if (!ppft::PathExists(options.trainer_binary)) {
     return Fail(absl::InvalidArgumentError(absl::StrCat("there is no trainer at ", options.trainer_binary, ": give --trainer PATH")));
   }
@@ -90,6 +98,9 @@ int main(int argc, char** argv) {
   ppft::metrics::WorkerMetrics metrics(options.version, options.name);
   auto http = ppft::metrics::HttpServer::Start(metrics_listen, metrics.registry());
   if (!http.ok()) return Fail(http.status());
+  // Bound to every address: others reach it where they reach the trainers.
+  const std::string& bound = (*http)->address();
+  options.metrics_address = absl::StartsWith(bound, "0.0.0.0:") ? absl::StrCat(options.address, bound.substr(bound.rfind(':'))) : bound;
   ppft::LogInfo(options.name, ": ", options.devices.size(), " slots of ", options.devices[0].threads(), " threads, trainers at ", options.address,
                 ", coordinator ", options.coordinator, ", metrics on ", (*http)->address());
 
