@@ -1,5 +1,5 @@
-// The arithmetic of a training step that is not a matrix product, on plain tensors in buffers of the caller. Knows no model. One implementation per
-// device kind; all are deterministic: reductions have a fixed order that does not depend on the number of threads.
+// The arithmetic of a training step on plain tensors in buffers of the caller (small products of the adapters go to ATen directly). Knows no model. One
+// implementation per device kind; all are deterministic: reductions have a fixed order that does not depend on the number of threads.
 //
 // Shapes: T = rows (tokens), H = columns. "rows" means a 2-D tensor whose columns lie side by side and whose rows may be further apart (a view into a
 // wider buffer). All float tensors of a call have one dtype (fp32, bf16, fp16; fp64 on CPU for gradient checks) unless said; "acc" is fp64 for
@@ -35,6 +35,9 @@ struct DropoutSequence {
 class Kernels {
  public:
   virtual ~Kernels() = default;
+
+  // out = a b, for products with a stored weight. a: rows [M, K]; b: [K, N], a matrix or its transpose; out: rows [M, N]. By default ATen's mm.
+  virtual void MatMul(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out);
 
   // sum = x + delta (sum may be x; without delta x is read and sum ignored); rstd[t] = 1 / sqrt(mean(sum[t]^2) + eps); normed = sum * rstd * weight.
   // x, delta, sum: [T, H]; weight: [H]; normed: rows [T, H]; rstd: [T] acc.

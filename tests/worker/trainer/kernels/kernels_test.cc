@@ -43,6 +43,20 @@ class KernelsTest : public testing::Test {
   Kernels& kernels_ = CpuKernels();
 };
 
+TEST_F(KernelsTest, MatMulOfAnyRowCountAndBothOrientations) {
+  for (const at::ScalarType type : {at::kDouble, at::kFloat, at::kBFloat16}) {
+    SCOPED_TRACE(c10::toString(type));
+    const double tolerance = type == at::kDouble ? 1e-14 : type == at::kFloat ? 2e-6 : 2e-2;
+    for (const int64_t rows : {1, 15, 16, 47, 517, 1024}) {
+      const at::Tensor a = Strided(rows, 37, type), weight = Strided(29, 37, type), out = Strided(rows, 29, type), back = Strided(rows, 37, type);
+      kernels_.MatMul(a, weight.t(), out);
+      EXPECT_LT(RelativeError(out, at::matmul(a.to(at::kDouble), weight.to(at::kDouble).t())), tolerance) << rows;
+      kernels_.MatMul(out, weight, back);
+      EXPECT_LT(RelativeError(back, at::matmul(out.to(at::kDouble), weight.to(at::kDouble))), tolerance) << rows;
+    }
+  }
+}
+
 TEST_F(KernelsTest, AddRmsNormIsTheFormula) {
   for (const at::ScalarType type : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
     SCOPED_TRACE(c10::toString(type));
@@ -208,14 +222,17 @@ TEST_F(KernelsTest, ThreadsDoNotChangeTheBits) {
   const std::vector<int32_t> cu = {0, 200, 400, 517};
   const at::Tensor qkv = at::randn({517, heads.row_size()}, at::kFloat), dout = at::randn({517, heads.q_size()}, at::kFloat);
   const at::Tensor logits = at::randn({64, 3000}, at::kFloat), targets = at::randint(3000, {64}, at::kLong);
+  const at::Tensor weight = at::randn({96, heads.row_size()}, at::kFloat);
   const auto run = [&](int threads) {
     at::set_num_threads(threads);
+    const at::Tensor product = at::empty({512, 96}, at::kFloat);
+    kernels_.MatMul(qkv.narrow(0, 0, 512), weight.t(), product);
     const at::Tensor out = at::empty({517, heads.q_size()}, at::kFloat), lse = at::empty({4, 517}, at::kFloat), dqkv = at::empty_like(qkv);
     kernels_.Attention(qkv, heads, cu, out, lse);
     kernels_.AttentionBackward(dout, qkv, heads, cu, out, lse, dqkv);
     const at::Tensor gradient = logits.clone(), sum = at::zeros({1}, at::kDouble);
     kernels_.CrossEntropy(gradient, targets, 0.5, true, sum);
-    return at::cat({out.flatten(), dqkv.flatten(), gradient.flatten(), sum.to(at::kFloat)});
+    return at::cat({product.flatten(), out.flatten(), dqkv.flatten(), gradient.flatten(), sum.to(at::kFloat)});
   };
   const at::Tensor one = run(1);
   EXPECT_TRUE(at::equal(one, run(2)));

@@ -5,6 +5,7 @@ namespace {
 
 class CpuKernelsImpl final : public Kernels {
  public:
+  void MatMul(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) override { cpu::MatMul(a, b, out); }
   void AddRmsNorm(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& weight, double eps, const at::Tensor& sum, const at::Tensor& normed,
                   const at::Tensor& rstd) override {
     cpu::AddRmsNorm(x, delta, weight, eps, sum, normed, rstd);

@@ -5,6 +5,8 @@
 
 namespace ppft::trainer::cpu {
 
+void MatMul(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out);
+
 void AddRmsNorm(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& weight, double eps, const at::Tensor& sum, const at::Tensor& normed,
                 const at::Tensor& rstd);
 void ApplyRmsNorm(const at::Tensor& x, const at::Tensor& rstd, const at::Tensor& weight, const at::Tensor& normed);
