@@ -97,16 +97,14 @@ void LoraLinear::Forward(const at::Tensor& x, const at::Tensor& y, const std::ve
       }
     }
   }
-  at::Tensor result = y;
-  at::mm_out(result, x, weight_.t());
+  kernels_.MatMul(x, weight_.t(), y);
 }
 
 void LoraLinear::Backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora, const at::Tensor& dx, bool input_gradient,
                           const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped) {
   at::Tensor dlora = dx.narrow(1, in_, lora_columns_);
   if (input_gradient) {
-    at::Tensor both = dx;
-    at::mm_out(both, dy, weight_);
+    kernels_.MatMul(dy, weight_, dx);
   } else if (lora_columns_ > 0) {
     at::mm_out(dlora, dy, weight_.narrow(1, in_, lora_columns_));
   }

@@ -42,9 +42,9 @@ void LossHead::Forward(const at::Tensor& base, const at::Tensor& delta, const at
     const int64_t size = std::min(chunk_rows_, n - begin);
     at::Tensor logits = scratch.Get(Scratch::kLogits, size, weight_.size(0));
     at::Tensor normed = x.normed.narrow(0, begin, size);
-    at::mm_out(logits, normed, weight_.t());
+    kernels_.MatMul(normed, weight_.t(), logits);
     kernels_.CrossEntropy(logits, target_ids.narrow(0, begin, size), weight, gradient.defined(), sum);
-    if (gradient.defined()) at::mm_out(normed, logits, weight_);  // the normed rows become their gradient
+    if (gradient.defined()) kernels_.MatMul(logits, weight_, normed);  // the normed rows become their gradient
   }
   if (gradient.defined()) {
     gradient.zero_();
