@@ -21,6 +21,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr char kLock[] = ".lock";
+constexpr char kManifest[] = "manifest.json";
 
 absl::Status CheckOptions(const FetchOptions& options) {
   if (options.type != "adapter" && options.type != "merged")
@@ -54,7 +55,8 @@ absl::Status CheckManifest(const v1::ArtifactManifest& manifest) {
   if (manifest.files().empty()) return absl::DataLossError(absl::StrCat("the manifest of ", manifest.id(), " lists no files"));
   for (const v1::FileRef& file : manifest.files()) {
     const std::string& name = file.name();
-    if (name.empty() || name[0] == '.' || absl::StrContains(name, '/') || absl::StrContains(name, '\0') || name.size() > 200 || !names.insert(name).second) {
+    if (name.empty() || name[0] == '.' || absl::StrContains(name, '/') || absl::StrContains(name, '\0') || name == kManifest || name.size() > 200 ||
+        !names.insert(name).second) {
       return absl::DataLossError(absl::StrCat("the manifest of ", manifest.id(), " names a file that cannot be: \"", Printable(name), "\""));
     }
   }
@@ -139,6 +141,8 @@ Result Fetch(Context& context, const FetchOptions& options) {
   PPFT_ASSIGN_OR_RETURN(const Fd lock, LockFolder(partial));
   PPFT_RETURN_IF_ERROR(Download(context, manifest, partial));
   PPFT_RETURN_IF_ERROR(AsLocal(RemoveOthers(partial, manifest)));
+  // What was fetched, with the checksums and the measured verification, for whoever gets the folder.
+  PPFT_RETURN_IF_ERROR(AsLocal(WriteFileAtomic((partial / kManifest).string(), ToJson(manifest, /*pretty=*/true))));
   PPFT_RETURN_IF_ERROR(PutInPlace(partial, target, options.force));
   int64_t bytes = 0;
   for (const v1::FileRef& file : manifest.files()) bytes += file.size_bytes();

@@ -19,6 +19,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
+// Every weight is read and hashed.
+constexpr absl::Duration kRegisterTime = absl::Minutes(30);
 constexpr const char* kAdapterFiles[] = {"adapter_config.json", "adapter_model.safetensors"};
 
 bool IsIdWith(const std::string& text, absl::string_view prefix, size_t digits, bool hex) {
@@ -153,7 +155,47 @@ std::string JobFile::CheckAdapterFolder(const std::string& base_folder) {
   return "";
 }
 
+absl::Status JobFile::NameBaseModel(Context& context) {
+  std::string* base = parsed_.spec.mutable_model()->mutable_base_model();
+  if (!absl::StrContains(*base, '/')) return absl::OkStatus();
+  const std::string path = fs::path(*base).lexically_normal().string();
+  const std::string folder = path.back() == '/' ? path.substr(0, path.size() - 1) : path;
+  v1::ListModelsRequest list;
+  list.set_page_size(1000);
+  v1::ListModelsResponse page;
+  do {
+    PPFT_RETURN_IF_ERROR(context.Call(context.models(), &v1::ModelService::StubInterface::ListModels, list, &page));
+    for (const v1::Model& known : page.models()) {
+      if (known.path() != folder && (folder[0] == '/' || !absl::EndsWith(known.path(), "/" + folder))) continue;
+      *base = known.name();
+      return absl::OkStatus();
+    }
+    list.set_page_token(page.next_page_token());
+  } while (!list.page_token().empty());
+
+  v1::RegisterModelRequest request;
+  request.set_request_id(NewRequestId());
+  request.set_path(folder);
+  for (const char c : fs::path(folder).filename().string()) {
+    *request.mutable_name() += absl::ascii_isalnum(c) || c == '_' || c == '-' || (c == '.' && !request.name().empty()) ? c : '-';
+  }
+  const absl::Duration timeout = context.timeout;
+  if (!context.timeout_given) context.timeout = std::max(timeout, kRegisterTime);
+  v1::Model model;
+  const absl::Status registered = context.Call(context.models(), &v1::ModelService::StubInterface::RegisterModel, request, &model);
+  context.timeout = timeout;
+  if (absl::IsInvalidArgument(registered) || absl::IsAlreadyExists(registered) || absl::IsNotFound(registered)) {
+    const char* const remedy = absl::IsAlreadyExists(registered) ? ": `ppctl models register NAME PATH` registers the folder under another name" : "";
+    context.err() << Printable(At("model.base_model", absl::StrCat(registered.message(), remedy))) << "\n";
+    return WrongInput(subject_, 1);
+  }
+  PPFT_RETURN_IF_ERROR(registered);
+  *base = model.name();
+  return absl::OkStatus();
+}
+
 absl::Status JobFile::Resolve(Context& context) {
+  PPFT_RETURN_IF_ERROR(NameBaseModel(context));
   if (parsed_.given.count("data.sequence_len") > 0) return absl::OkStatus();
   v1::GetModelRequest request;
   request.set_name(parsed_.spec.model().base_model());

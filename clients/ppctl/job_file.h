@@ -24,7 +24,8 @@ class JobFile {
   // Share of the training text that is learned, by its bytes; 0 if a dataset is not on this machine.
   double supervised_ratio() const;
 
-  // Asks the model for what the file leaves open (the longest sequence).
+  // Registers a base_model that is a path under the coordinator's model roots and puts its name into the spec; asks the model for what the file
+  // leaves open (the longest sequence).
   absl::Status Resolve(Context& context);
   // The coordinator's checks; its violations are printed at their places. Local paths stand in for ids until Upload.
   absl::Status ValidateOnServer(Context& context);
@@ -45,6 +46,7 @@ class JobFile {
   std::vector<std::string> CheckLocalFiles();
   void Count(const LocalFile& local, const data::RowTotals& totals);
   std::string CheckAdapterFolder(const std::string& base_folder);
+  absl::Status NameBaseModel(Context& context);
   std::string At(const std::string& field, const std::string& message) const;
 
   spec::ParseResult parsed_;

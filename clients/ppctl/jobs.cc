@@ -28,7 +28,7 @@ absl::StatusOr<v1::JobState> ParseState(const std::string& word) {
     if (absl::EqualsIgnoreCase(words.back(), word)) return static_cast<v1::JobState>(i);
   }
   const std::string nearest = spec::Nearest(word, words);
-  return absl::InvalidArgumentError(absl::StrCat("\"", word, "\" is not a state", nearest.empty() ? "" : absl::StrCat("; did you mean ", nearest, "?"),
+  return absl::InvalidArgumentError(absl::StrCat("\"", word, "\" is not a state", nearest.empty() ? "." : absl::StrCat("; did you mean ", nearest, "?"),
                                                  " The states are ", absl::StrJoin(words, ", ")));
 }
 

@@ -221,6 +221,14 @@ grpc::Status FakeCoordinator::RegisterModel(grpc::ServerContext*, const v1::Regi
   return grpc::Status::OK;
 }
 
+grpc::Status FakeCoordinator::ListModels(grpc::ServerContext*, const v1::ListModelsRequest*, v1::ListModelsResponse* response) {
+  FAKE_ENTER("ListModels");
+  v1::Model* model = response->add_models();
+  model->set_name("tiny");
+  model->set_path("/models/llama/tiny-folder");
+  return grpc::Status::OK;
+}
+
 grpc::Status FakeCoordinator::GetModel(grpc::ServerContext*, const v1::GetModelRequest* request, v1::Model* response) {
   FAKE_ENTER("GetModel");
   if (request->name() != "tiny") return grpc::Status(grpc::StatusCode::NOT_FOUND, "no such model");

@@ -83,6 +83,7 @@ class FakeCoordinator : public v1::JobService::Service,
   grpc::Status GetManifest(grpc::ServerContext*, const v1::GetManifestRequest* request, v1::ArtifactManifest* response) override;
   grpc::Status Download(grpc::ServerContext*, const v1::DownloadRequest* request, grpc::ServerWriter<v1::FileChunk>* writer) override;
   grpc::Status RegisterModel(grpc::ServerContext*, const v1::RegisterModelRequest* request, v1::Model* response) override;
+  grpc::Status ListModels(grpc::ServerContext*, const v1::ListModelsRequest* request, v1::ListModelsResponse* response) override;
   grpc::Status GetModel(grpc::ServerContext*, const v1::GetModelRequest* request, v1::Model* response) override;
   grpc::Status GetStatus(grpc::ServerContext*, const v1::GetStatusRequest* request, v1::GetStatusResponse* response) override;
   grpc::Status ListWorkers(grpc::ServerContext*, const v1::ListWorkersRequest* request, v1::ListWorkersResponse* response) override;

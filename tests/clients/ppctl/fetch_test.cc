@@ -51,7 +51,7 @@ TEST_F(FetchTest, PutsTheWholeFolderInPlace) {
   ASSERT_EQ(run.code, 0) << run.err;
   EXPECT_EQ(run.out, target_ + "\n");
   EXPECT_EQ(ReadAll(target_ + "/adapter_model.safetensors"), std::string(10000, 'x') + "end");
-  EXPECT_THAT(ListDir(target_).value(), ElementsAre("adapter_model.safetensors", "trainer_state.json"));
+  EXPECT_THAT(ListDir(target_).value(), ElementsAre("adapter_model.safetensors", "manifest.json", "trainer_state.json"));
   EXPECT_THAT(Left(), ElementsAre("final_model"));
 }
 

@@ -46,6 +46,27 @@ TEST_F(SubmitTest, AGivenSequenceLengthIsKept) {
   EXPECT_EQ(coordinator_.submitted[0].spec().data().sequence_len(), 600);
 }
 
+TEST_F(SubmitTest, ABaseModelMayBeAPathUnderTheModelRoots) {
+  const std::string job = JobYaml();
+  for (const char* known : {"/models/llama/tiny-folder", "/models/llama/../llama/tiny-folder/", "llama/tiny-folder"}) {
+    const Outcome run = Ppctl(coordinator_, {"submit", job, "--set", absl::StrCat("model.base_model=", known)});
+    if (std::string(known).find("..") != std::string::npos) {
+      EXPECT_EQ(run.code, 2);
+      continue;
+    }
+    ASSERT_EQ(run.code, 0) << run.err;
+    EXPECT_EQ(coordinator_.submitted.back().spec().model().base_model(), "tiny");
+    EXPECT_EQ(coordinator_.calls("RegisterModel"), 0);
+  }
+  ASSERT_EQ(Ppctl(coordinator_, {"submit", job, "--set", "model.base_model=/models/new one/"}).code, 0);
+  EXPECT_EQ(coordinator_.registered.path(), "/models/new one");
+  EXPECT_EQ(coordinator_.submitted.back().spec().model().base_model(), "new-one");
+  coordinator_.Fail("RegisterModel", grpc::StatusCode::INVALID_ARGUMENT, "no such folder");
+  const Outcome refused = Ppctl(coordinator_, {"submit", job, "--set", "model.base_model=/etc"});
+  EXPECT_EQ(refused.code, 2);
+  EXPECT_THAT(refused.err, HasSubstr("model.base_model: no such folder"));
+}
+
 TEST_F(SubmitTest, WhatTheCoordinatorHasIsNotSentAgain) {
   coordinator_.blobs[Sha256Hex(kRows)] = kRows;
   ASSERT_EQ(Ppctl(coordinator_, {"submit", JobYaml()}).code, 0);
