@@ -216,7 +216,7 @@ def merge(base, changes):
     return out
 
 
-def make_spec(model, train, adapter=None, **changes):
+def make_spec(model, train, init_adapter=None, **changes):
     spec = {
         "name": "integration",
         "seed": 3,
@@ -229,8 +229,8 @@ def make_spec(model, train, adapter=None, **changes):
         "parallel": {"pipeline_parallel_size": 2, "schedule": "1f1b"},
         "checkpoint": {"save_steps": 10, "save_total_limit": 2},
     }
-    if adapter is not None:
-        spec["model"]["init_adapter"] = str(adapter)
+    if init_adapter is not None:
+        spec["model"]["init_adapter"] = str(init_adapter)
     return merge(spec, changes)
 
 
