@@ -1,0 +1,83 @@
+// The CUDA kernels as plain functions on device pointers: what the .cu files define and the torch side calls. Nothing here waits for the device.
+//
+// Rows: `stride` is the distance of two rows in elements; columns lie side by side. Vectors of 16 bytes are used where addresses, strides and column counts
+// allow, single elements elsewhere: the results are the same. Sums are fp32 (fp64 where said) in an order that depends on the shape alone, so that
+// equal inputs give equal bits. Each call checks the launch and throws std::runtime_error with CUDA's words.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace ppft::trainer::cuda {
+
+enum class Type { kFloat, kBFloat16, kHalf };
+
+// Throws std::runtime_error "what: CUDA's words" unless `error` is cudaSuccess.
+void Check(cudaError_t error, const char* what);
+
+struct Matrix {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// Kernels::AddRmsNorm; delta.data may be null.
+void AddRmsNorm(Type type, int64_t rows, int64_t columns, Matrix x, Matrix delta, const void* weight, float eps, Matrix sum, Matrix normed, float* rstd,
+                cudaStream_t stream);
+void ApplyRmsNorm(Type type, int64_t rows, int64_t columns, Matrix x, const float* rstd, const void* weight, Matrix normed, cudaStream_t stream);
+void RmsNormBackward(Type type, int64_t rows, int64_t columns, Matrix dnormed, Matrix x, const float* rstd, const void* weight, Matrix dx, cudaStream_t stream);
+
+// heads of q and k together; cos, sin: [positions, half] fp32, `table_stride` apart.
+void Rope(Type type, int64_t rows, int heads, int half, Matrix qkv, const float* cos, const float* sin, int64_t table_stride, int64_t positions,
+          const int32_t* position, bool inverse, cudaStream_t stream);
+
+void SwiGlu(Type type, int64_t rows, int64_t columns, Matrix gate_up, Matrix out, cudaStream_t stream);
+void SwiGluBackward(Type type, int64_t rows, int64_t columns, Matrix dout, Matrix gate_up, Matrix dgate_up, cudaStream_t stream);
+
+// row_losses: [rows] fp64 scratch.
+void CrossEntropy(Type type, int64_t rows, int64_t vocab, Matrix logits, const int64_t* targets, double weight, bool with_gradient, double* row_losses,
+                  double* loss_sum, cudaStream_t stream);
+
+struct DropoutNumbers {
+  uint32_t key[2];
+  uint32_t stream;
+  uint32_t domain;
+  uint32_t threshold;  // a number below it drops
+  float scale;
+};
+void Dropout(Type type, int64_t rows, int64_t columns, Matrix x, DropoutNumbers numbers, Matrix out, cudaStream_t stream);
+void DropoutBackward(Type type, int64_t rows, int64_t columns, Matrix dout, DropoutNumbers numbers, Matrix dx, cudaStream_t stream);
+
+// Three matrices of `rows` rows side by side into one: dqkv from dq, dk, dv. Column counts in elements of `type`.
+void JoinColumns(Type type, int64_t rows, const Matrix (&parts)[3], const int64_t (&columns)[3], Matrix out, cudaStream_t stream);
+// out[i] = values[i] * factor: cu_seqlens as offsets in elements.
+void ScaleOffsets(const int32_t* values, int32_t count, int32_t factor, int32_t* out, cudaStream_t stream);
+
+// The optimizer's work list: at most kOptimizerChunk elements of one parameter each.
+inline constexpr int kOptimizerChunk = 4096;
+struct OptimizerChunk {
+  int64_t begin = 0;  // in the flat buffers
+  int32_t size = 0;
+  int32_t copy = -1;  // index of its ComputeTarget, or none
+};
+// Where the parameter's new value goes in the compute type: element e of the parameter to row e / columns, column e % columns, times `scale`.
+struct ComputeTarget {
+  int64_t begin = 0;  // of the parameter in the flat buffers
+  void* data = nullptr;
+  int64_t stride = 0;
+  int32_t columns = 1;
+  float scale = 1;
+};
+// The scalars of one update, rounded to fp32 where torch does: ../../optim/adamw.cc.
+struct AdamWScalars {
+  float decay, one_minus_beta1, beta2, one_minus_beta2, correction2_sqrt, epsilon, minus_step_size, gradient_factor;
+};
+// master, gradient: flat; exp_avg, exp_avg_sq: of the elements from `moments_begin`. With scalars null only the compute copies are written.
+void AdamW(Type type, const OptimizerChunk* chunks, int num_chunks, const ComputeTarget* targets, const AdamWScalars* scalars, float* master,
+           const float* gradient, float* exp_avg, float* exp_avg_sq, int64_t moments_begin, cudaStream_t stream);
+// partial[c] = sum of squares of chunk c, fp64.
+void ChunkSquares(const OptimizerChunk* chunks, int num_chunks, const float* values, double* partial, cudaStream_t stream);
+// out[p] = sum of partial[first[p]] … partial[first[p + 1] - 1].
+void SumChunks(const double* partial, const int32_t* first, int num_parameters, double* out, cudaStream_t stream);
+
+}  // namespace ppft::trainer::cuda
