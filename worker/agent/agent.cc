@@ -46,6 +46,7 @@ Agent::Agent(AgentOptions options, metrics::WorkerMetrics* metrics)
   environment_.reports = &reports_;
   environment_.metrics = metrics_;
   environment_.trainer_binary = options_.trainer_binary;
+  environment_.trainer_environment = options_.trainer_environment;
   environment_.address = options_.address;
   environment_.work_directory = options_.work_directory;
   environment_.worker_name = options_.name;

@@ -31,7 +31,8 @@ struct AgentOptions {
   std::string work_directory;
   std::string trainer_binary;
   std::string version;
-  std::string metrics_address;  // HOST:PORT, as others reach it
+  std::vector<std::string> trainer_environment;  // "NAME=value"
+  std::string metrics_address;                   // HOST:PORT, as others reach it
   net::ChannelOptions channel;
   int64_t cache_limit_bytes = int64_t{100} << 30;
   std::vector<v1::Device> devices;

@@ -53,11 +53,8 @@ int64_t UsableMemoryBytes() {
 absl::StatusOr<std::vector<v1::Device>> OfferDevices(const std::string& flag, int threads_per_slot) {
   const std::vector<std::string> parts = absl::StrSplit(flag, absl::MaxSplits(':', 1));
   int slots = 0;
-  if (parts.size() == 2 && parts[0] == "cuda") {
-    return absl::InvalidArgumentError(absl::StrCat("--devices ", flag, ": cuda devices are not supported yet; offer CPU slots, e.g. --devices cpu:2"));
-  }
   if (parts.size() != 2 || parts[0] != "cpu" || !absl::SimpleAtoi(parts[1], &slots) || slots < 1 || slots > 256) {
-    return absl::InvalidArgumentError(absl::StrCat("--devices \"", flag, "\" must be cpu:N with N from 1 to 256, e.g. cpu:2"));
+    return absl::InvalidArgumentError(absl::StrCat("--devices \"", flag, "\" must be cpu:N with N from 1 to 256, cuda:all, or cuda:0,2"));
   }
   if (threads_per_slot < 0 || threads_per_slot > 1024) {
     return absl::InvalidArgumentError(absl::StrCat("--threads_per_slot (", threads_per_slot, ") must be from 0 (cores / slots) to 1024"));

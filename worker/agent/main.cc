@@ -10,8 +10,10 @@
 #include "absl/strings/match.h"
 #include "common/base/files.h"
 #include "common/base/logging.h"
+#include "common/base/status.h"
 #include "common/metrics/metrics.h"
 #include "worker/agent/agent.h"
+#include "worker/agent/cuda_devices.h"
 #include "worker/agent/devices.h"
 
 namespace {
@@ -25,6 +27,19 @@ std::string BesideThisBinary(const std::string& name) {
   std::error_code error;
   const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
   return (error ? std::filesystem::path(name) : self.parent_path() / name).string();
+}
+
+// The devices of the flag, and what trainers on them are started with.
+absl::Status Offer(const std::string& flag, int threads_per_slot, ppft::agent::AgentOptions* options) {
+  if (absl::StartsWith(flag, "cuda:")) {
+    PPFT_ASSIGN_OR_RETURN(ppft::agent::CudaOffer offer, ppft::agent::OfferCudaDevices(absl::string_view(flag).substr(5), options->trainer_binary));
+    options->devices = std::move(offer.devices);
+    options->trainer_environment = std::move(offer.environment);
+    return absl::OkStatus();
+  }
+  PPFT_ASSIGN_OR_RETURN(options->devices, ppft::agent::OfferDevices(flag, threads_per_slot));
+  PPFT_ASSIGN_OR_RETURN(options->trainer_environment, ppft::agent::FindTorch(options->trainer_binary));
+  return absl::OkStatus();
 }
 
 std::string HostName() {
@@ -44,12 +59,14 @@ int main(int argc, char** argv) {
   options.trainer_binary = BesideThisBinary("ppft-trainer");
   std::string devices = "cpu:1";
   std::string metrics_listen = "127.0.0.1:0";
+  std::string nccl_interface;
+  bool deterministic = false;
   int threads_per_slot = 0;
   double cache_gib = 100;
   ppft::net::TlsFiles tls;
   CLI::App app("Offers this host's devices to a ppft coordinator and runs trainers on them.");
   app.add_option("--coordinator", options.coordinator, "HOST:PORT of the coordinator")->capture_default_str();
-  app.add_option("--devices", devices, "cpu:N: N slots that share the host's cores")->capture_default_str();
+  app.add_option("--devices", devices, "cpu:N: N slots that share the host's cores; cuda:all or cuda:0,2: GPUs")->capture_default_str();
   app.add_option("--threads_per_slot", threads_per_slot, "compute threads of a CPU slot; 0 = cores / slots")->capture_default_str();
   app.add_option("--name", options.name, "stable name of this worker")->capture_default_str();
   app.add_option("--work_dir", options.work_directory, "folder for cached files and running ranks")->capture_default_str();
@@ -59,6 +76,8 @@ int main(int argc, char** argv) {
   app.add_option("--tls_ca", tls.ca, "PEM authority of the coordinator's certificate");
   app.add_option("--tls_cert", tls.certificate, "PEM certificate to show to the coordinator");
   app.add_option("--tls_key", tls.key, "PEM key of that certificate");
+  app.add_option("--nccl_socket_ifname", nccl_interface, "interface for NCCL between hosts; other NCCL_ variables come from this process's environment");
+  app.add_flag("--deterministic", deterministic, "GPUs take paths that give the same bits each time, a few percent slower");
   app.add_option("--trainer", options.trainer_binary, "the ppft-trainer binary; default: beside this one");
   app.add_option("--cache_limit_gib", cache_gib, "the file cache drops its least recently used files beyond this")
       ->check(CLI::PositiveNumber)
@@ -70,9 +89,6 @@ int main(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : 2;
   }
 
-  absl::StatusOr<std::vector<ppft::v1::Device>> offered = ppft::agent::OfferDevices(devices, threads_per_slot);
-  if (!offered.ok()) return Fail(offered.status());
-  options.devices = *std::move(offered);
   options.cache_limit_bytes = static_cast<int64_t>(cache_gib * (1 << 30));
   auto credentials = ppft::net::LoadCredentials(tls, "--tls_");
   if (!credentials.ok()) return Fail(credentials.status());
@@ -80,6 +96,10 @@ int main(int argc, char** argv) {
   if (!ppft::PathExists(options.trainer_binary)) {
     return Fail(absl::InvalidArgumentError(absl::StrCat("there is no trainer at ", options.trainer_binary, ": give --trainer PATH")));
   }
+  const absl::Status offered = Offer(devices, threads_per_slot, &options);
+  if (!offered.ok()) return Fail(offered);
+  if (!nccl_interface.empty()) options.trainer_environment.push_back("NCCL_SOCKET_IFNAME=" + nccl_interface);
+  if (deterministic) options.trainer_environment.push_back("PPFT_DETERMINISTIC=1");
   if (options.address.empty()) {
     absl::StatusOr<std::string> address = ppft::agent::RouteAddress(options.coordinator);
     if (!address.ok()) return Fail(address.status());
@@ -101,8 +121,8 @@ int main(int argc, char** argv) {
   // Bound to every address: others reach it where they reach the trainers.
   const std::string& bound = (*http)->address();
   options.metrics_address = absl::StartsWith(bound, "0.0.0.0:") ? absl::StrCat(options.address, bound.substr(bound.rfind(':'))) : bound;
-  ppft::LogInfo(options.name, ": ", options.devices.size(), " slots of ", options.devices[0].threads(), " threads, trainers at ", options.address,
-                ", coordinator ", options.coordinator, ", metrics on ", (*http)->address());
+  ppft::LogInfo(options.name, ": ", options.devices.size(), " x ", options.devices[0].name(), ", trainers at ", options.address, ", coordinator ",
+                options.coordinator, ", metrics on ", (*http)->address());
 
   ppft::agent::Agent agent(options, &metrics);
   std::thread waiter([&] {

@@ -4,12 +4,15 @@
 
 #include <cerrno>
 #include <chrono>
+#include <cstdlib>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "common/base/files.h"
 #include "common/base/logging.h"
 #include "common/base/status.h"
+#include "worker/agent/cuda_devices.h"
 #include "worker/trainer/beat.h"
 
 namespace ppft::agent {
@@ -177,6 +180,13 @@ TrainerCommand RankRunner::Command() const {
   // MKL_CBWR: one code path whatever the alignment, so that a resumed run gives the same bits.
   const char* cbwr = __builtin_cpu_supports("avx2") ? "MKL_CBWR=AVX2,STRICT" : "MKL_CBWR=COMPATIBLE";
   command.environment = {cbwr, absl::StrCat("OMP_NUM_THREADS=", threads), absl::StrCat("MKL_NUM_THREADS=", threads), "MKL_DYNAMIC=FALSE"};
+  command.environment.insert(command.environment.end(), environment_.trainer_environment.begin(), environment_.trainer_environment.end());
+  if (absl::StartsWith(device(), "cuda:")) {
+    // The trainer sees its own device alone.
+    const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+    command.environment.push_back(VisibleDevice(device(), visible == nullptr ? "" : visible));
+    command.environment.push_back("CUDA_MODULE_LOADING=LAZY");
+  }
   return command;
 }
 
@@ -246,8 +256,17 @@ absl::Status RankRunner::UploadFiles(v1::TrainerReport* report) {
   for (v1::LocalFile* file : files) {
     std::chrono::milliseconds pause(100);
     absl::Status status;
+    bool told = false;
     while (!stopping_) {
       status = environment_.upload(key(), *file);
+      if (absl::IsResourceExhausted(status) && !told) {
+        v1::TrainerReport waits;
+        waits.mutable_log()->set_source("agent");
+        waits.mutable_log()->set_severity("WARNING");
+        waits.mutable_log()->set_text(absl::StrCat("a file waits to be uploaded: ", status.message()));
+        environment_.reports->Push(key(), std::move(waits));
+        told = true;
+      }
       if (status.ok() || !(absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) || absl::IsAborted(status) || absl::IsResourceExhausted(status)))
         break;
       std::unique_lock<std::mutex> lock(mutex_);

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "absl/time/time.h"
 #include "common/metrics/metrics.h"
@@ -28,8 +29,9 @@ struct RankEnvironment {
   ReportQueue* reports;
   metrics::WorkerMetrics* metrics;
   std::string trainer_binary;
-  std::string address;         // where trainers listen for peers
-  std::string work_directory;  // ranks live in work_directory/ranks
+  std::vector<std::string> trainer_environment;  // "NAME=value"
+  std::string address;                           // where trainers listen for peers
+  std::string work_directory;                    // ranks live in work_directory/ranks
   std::string worker_name;
   // Uploads a file; UNAVAILABLE may be tried again, FAILED_PRECONDITION means that the attempt was given up.
   std::function<absl::Status(const v1::RankKey&, const v1::LocalFile&)> upload;
