@@ -71,7 +71,7 @@ absl::StatusOr<FrameHeader> DecodeFrameHeader(absl::string_view bytes, int64_t e
   header.tag.microbatch = Get<int32_t>(&at);
   header.payload_bytes = Get<int64_t>(&at);
   if (Get<uint32_t>(&at) != Fnv1a(bytes.data(), kFrameHeaderBytes - 4)) return absl::DataLossError("a frame header with a wrong checksum");
-  if (kind < static_cast<uint8_t>(FrameKind::kData) || kind > static_cast<uint8_t>(FrameKind::kAbort)) {
+  if (kind < static_cast<uint8_t>(FrameKind::kData) || kind > static_cast<uint8_t>(FrameKind::kBeat)) {
     return absl::DataLossError(absl::StrCat("a frame of unknown kind ", kind));
   }
   if (header.channel != channel) return absl::DataLossError("a frame of another channel");

@@ -17,8 +17,8 @@ inline constexpr uint32_t kFrameMagic = 0x46545050;  // "PPTF"
 inline constexpr uint32_t kHelloMagic = 0x48545050;  // "PPTH"
 inline constexpr uint32_t kProtocolVersion = 1;
 
-// kAbort: the sender gives up; tag.stage is the rank that it lost, or its own.
-enum class FrameKind : uint8_t { kData = 1, kGoodbye = 2, kAbort = 3 };
+// kAbort: the sender gives up; tag.stage is the rank that it lost, or its own. kBeat: the sender lives.
+enum class FrameKind : uint8_t { kData = 1, kGoodbye = 2, kAbort = 3, kBeat = 4 };
 
 struct FrameHeader {
   FrameKind kind = FrameKind::kData;

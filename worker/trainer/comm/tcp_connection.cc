@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "common/base/status.h"
 #include "worker/trainer/comm/socket.h"
 
@@ -153,8 +154,16 @@ absl::Status TcpConnection::Send(const Tag& tag, Buffer buffer) {
 void TcpConnection::SendLoop() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
-    send_changed_.wait(lock, [&] { return !queue_.empty() || !status_.ok(); });
+    const bool woken = send_changed_.wait_for(lock, Chrono(options_.peer_silence / 8), [&] { return !queue_.empty() || !status_.ok(); });
     if (!status_.ok()) break;
+    if (!woken) {
+      if (finishing_ || peer_said_goodbye_) continue;
+      FrameHeader beat;
+      beat.kind = FrameKind::kBeat;
+      beat.channel = options_.channel;
+      beat.epoch = options_.epoch;
+      queue_.push_back(Outgoing{EncodeFrameHeader(beat), Buffer()});
+    }
     Outgoing out = std::move(queue_.front());
     sending_ = true;
     lock.unlock();
@@ -188,6 +197,7 @@ absl::Status TcpConnection::Finish() {
   header.epoch = options_.epoch;
   std::unique_lock<std::mutex> lock(mutex_);
   PPFT_RETURN_IF_ERROR(status_);
+  finishing_ = true;
   queue_.push_back(Outgoing{EncodeFrameHeader(header), Buffer()});
   send_changed_.notify_all();
   const bool in_time = send_changed_.wait_for(lock, Chrono(options_.stall_timeout), [&] { return queue_.empty() || !status_.ok(); });
@@ -215,7 +225,13 @@ void TcpConnection::ReceiveLoop() {
 
 absl::Status TcpConnection::ReceiveFrame(bool* goodbye) {
   char bytes[kFrameHeaderBytes];
-  PPFT_RETURN_IF_ERROR(ReadExactly(fd_.get(), bytes, kFrameHeaderBytes, absl::InfiniteFuture()));
+  const absl::Status read = ReadExactly(fd_.get(), bytes, kFrameHeaderBytes, absl::Now() + options_.peer_silence);
+  if (absl::IsDeadlineExceeded(read)) {
+    return WithPeer(
+        absl::DeadlineExceededError(absl::StrCat("rank ", options_.peer, " gave no sign of life for ", absl::FormatDuration(options_.peer_silence))),
+        options_.peer);
+  }
+  PPFT_RETURN_IF_ERROR(read);
   PPFT_ASSIGN_OR_RETURN(const FrameHeader header,
                         DecodeFrameHeader(absl::string_view(bytes, kFrameHeaderBytes), options_.epoch, options_.channel, options_.max_frame_bytes));
   if (header.kind == FrameKind::kAbort) {
@@ -224,6 +240,7 @@ absl::Status TcpConnection::ReceiveFrame(bool* goodbye) {
                                                                  : absl::StrCat("rank ", options_.peer, " has lost its connection to rank ", lost)),
                     lost);
   }
+  if (header.kind == FrameKind::kBeat) return absl::OkStatus();
   *goodbye = header.kind == FrameKind::kGoodbye;
   return *goodbye ? absl::OkStatus() : TakePayload(header);
 }

@@ -36,6 +36,7 @@ struct TcpConnectionOptions {
   int ring_frames = 64;
   int64_t max_frame_bytes = int64_t{1} << 31;
   absl::Duration stall_timeout = absl::Seconds(300);
+  absl::Duration peer_silence = absl::InfiniteDuration();  // finite: both sides send beats, and this one gives up without any for so long
 };
 
 class TcpConnection {
@@ -83,6 +84,7 @@ class TcpConnection {
   bool peer_said_goodbye_ = false;
   std::deque<Outgoing> queue_;  // the front is being sent
   bool sending_ = false;        // the sender thread works on the front
+  bool finishing_ = false;      // the goodbye is the last frame
   std::map<Tag, std::shared_ptr<Receive>> posted_;
   std::map<Tag, std::vector<char>> ring_;
   TransferCounts counts_;

@@ -40,6 +40,7 @@ class TcpTransport : public Transport {
     options.ring_frames = options_.ring_frames;
     options.max_frame_bytes = options_.max_frame_bytes;
     options.stall_timeout = options_.stall_timeout;
+    if (key.second == Channel::kControl) options.peer_silence = options_.peer_silence;
     connections_[key] = std::make_unique<TcpConnection>(std::move(fd), options, [this](const absl::Status& cause) { OnFailure(cause); });
   }
 
@@ -92,6 +93,11 @@ class TcpTransport : public Transport {
     AbortAll(cause);
   }
 
+  absl::Status status() const override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return status_;
+  }
+
   TransferCounts counts() const override {
     TransferCounts sum;
     for (const auto& [key, connection] : connections_) {
@@ -134,7 +140,7 @@ class TcpTransport : public Transport {
   std::map<Ticket, std::pair<TcpConnection*, std::shared_ptr<Receive>>> pending_;
   Ticket next_ticket_ = 1;
 
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   absl::Status status_;  // guarded by mutex_: the first cause
   bool sealed_ = false;  // guarded by mutex_
 };

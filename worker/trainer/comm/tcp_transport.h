@@ -19,9 +19,10 @@ struct TcpOptions {
   int64_t epoch = 0;
   int rank = 0;
   int size = 1;
-  absl::Duration stall_timeout = absl::Seconds(300);    // silence of a peer that is waited for
-  absl::Duration connect_timeout = absl::Seconds(120);  // until all peers are there
-  int ring_frames = 64;                                 // unclaimed and unsent frames per connection
+  absl::Duration stall_timeout = absl::Seconds(300);       // silence of a peer that is waited for
+  absl::Duration connect_timeout = absl::Seconds(120);     // until all peers are there
+  absl::Duration peer_silence = absl::InfiniteDuration();  // a peer whose process stands still for so long is lost; finite on all ranks or on none
+  int ring_frames = 64;                                    // unclaimed and unsent frames per connection
   int64_t max_frame_bytes = int64_t{1} << 31;
 };
 

@@ -66,6 +66,8 @@ class Transport {
   // Any thread: every pending and later call fails with `cause`.
   virtual void Abort(const absl::Status& cause) = 0;
 
+  // Any thread: OK, or the first cause. Memory that came from a device's transfer counts only while this is OK.
+  virtual absl::Status status() const = 0;
   virtual TransferCounts counts() const = 0;
 };
 
