@@ -1,43 +1,103 @@
 // ppft-trainer: one rank of a job. Started by ppft-worker with a socket on descriptor 3; everything else comes through that.
+// ppft-trainer --version: the LibTorch that it runs with. ppft-trainer --probe-devices: the GPUs that it could use, as one line of JSON.
 #include <ATen/Parallel.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "common/base/logging.h"
 #include "common/base/status.h"
 #include "worker/trainer/beat.h"
 #include "worker/trainer/comm/tcp_transport.h"
 #include "worker/trainer/control.h"
+#include "worker/trainer/cuda/loader.h"
+#include "worker/trainer/cuda/probe.h"
 #include "worker/trainer/engine/failure.h"
 #include "worker/trainer/engine/trainer.h"
+#include "worker/trainer/torch/torch_status.h"
 
 namespace ppft::trainer {
 namespace {
 
 constexpr int kControlFd = 3;
+constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
+
+// The plugin, with this thread on its one visible device; nullptr where the rank's device is no GPU.
+absl::StatusOr<CudaRuntime*> UseDevice(const TrainerConfig& config) {
+  if (!absl::StartsWith(config.me().device, "cuda")) return static_cast<CudaRuntime*>(nullptr);
+  const auto failed = [&](const absl::Status& status) {
+    return WithReason(Annotate(status, config.me().device), "DEVICE_ERROR", "OPERATOR", "look at `ppft-trainer --probe-devices` on the worker's host");
+  };
+  absl::StatusOr<CudaRuntime*> cuda = LoadCudaPlugin("");
+  if (!cuda.ok()) return failed(cuda.status());
+  const absl::Status used = CatchTorch("", [&]() -> absl::Status {
+    std::string reason;
+    if ((*cuda)->Devices(&reason).empty()) return absl::FailedPreconditionError(reason);
+    (*cuda)->Use(0);
+    const char* deterministic = getenv("PPFT_DETERMINISTIC");
+    if (deterministic != nullptr && absl::string_view(deterministic) == "1") (*cuda)->SetDeterministic(true);
+    return absl::OkStatus();
+  });
+  if (!used.ok()) return failed(used);
+  return *cuda;
+}
+
+// Names what there was and what was planned, where the device's memory has run out.
+absl::Status ExplainMemory(const absl::Status& status, const TrainerConfig& config, CudaRuntime* cuda) {
+  const bool out =
+      absl::IsResourceExhausted(status) || absl::StrContains(status.message(), "out of memory") || absl::StrContains(status.message(), "ALLOC_FAILED");
+  if (status.ok() || cuda == nullptr || !out) return status;
+  absl::Status explained =
+      WithReason(status, "OUT_OF_DEVICE_MEMORY", "USER", "lower training.micro_batch_size or data.sequence_len, or use more pipeline stages");
+  const absl::StatusOr<CudaMemory> memory = CatchTorch("", [&]() -> absl::StatusOr<CudaMemory> { return cuda->Memory(0); });
+  std::string text = absl::StrFormat(" (the plan's estimate: %.1f GiB", static_cast<double>(config.me().peak_bytes) / kGiB);
+  if (memory.ok()) {
+    absl::StrAppendFormat(&text, "; this rank held %.1f GiB of the device's %.1f GiB, %.1f GiB were free", static_cast<double>(memory->reserved_bytes) / kGiB,
+                          static_cast<double>(memory->device_bytes) / kGiB, static_cast<double>(memory->device_free_bytes) / kGiB);
+  }
+  absl::Status out_status(explained.code(), absl::StrCat(explained.message(), text, ")"));
+  explained.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) { out_status.SetPayload(url, payload); });
+  return out_status;
+}
 
 absl::Status Work(Control& control, std::unique_ptr<Trainer>& trainer) {
-  PPFT_ASSIGN_OR_RETURN(TrainerConfig config, control.AwaitStart());
+  PPFT_ASSIGN_OR_RETURN(const TrainerConfig config, control.AwaitStart());
   control.SetSource(absl::StrCat("rank-", config.rank));
   at::set_num_threads(config.plan.threads_per_rank);
   Beat* beat = config.beat_path.empty() ? nullptr : MapBeat(config.beat_path);
   if (beat != nullptr) beat->magic.store(kBeatMagic);
   PPFT_ASSIGN_OR_RETURN(TcpListener listener, TcpListener::Open(config.listen_address));
   control.Listening(listener.address());
-  trainer = std::make_unique<Trainer>(std::move(config), &control, beat);
-  PPFT_RETURN_IF_ERROR(trainer->Load());
-  PPFT_ASSIGN_OR_RETURN(const std::vector<std::string> endpoints, control.AwaitPeers());
-  PPFT_RETURN_IF_ERROR(trainer->Connect(std::move(listener), endpoints));
-  return trainer->Run();
+  PPFT_RETURN_IF_ERROR(WithReason(CheckConfig(config), "SPEC_INVALID", "USER", "correct the job and submit it again"));
+  PPFT_ASSIGN_OR_RETURN(CudaRuntime * cuda, UseDevice(config));
+  trainer = std::make_unique<Trainer>(config, &control, beat, cuda);
+  const auto run = [&]() -> absl::Status {
+    PPFT_RETURN_IF_ERROR(trainer->Load());
+    PPFT_ASSIGN_OR_RETURN(const std::vector<std::string> endpoints, control.AwaitPeers());
+    PPFT_RETURN_IF_ERROR(trainer->Connect(std::move(listener), endpoints));
+    return trainer->Run();
+  };
+  return ExplainMemory(run(), config, cuda);
 }
 
-int Main() {
+int Main(int argc, char** argv) {
+  if (argc == 2 && absl::string_view(argv[1]) == "--version") {
+    std::printf("%s\n", RunningTorch().c_str());
+    return 0;
+  }
+  if (argc == 2 && absl::string_view(argv[1]) == "--probe-devices") {
+    std::printf("%s\n", ProbeDevices().c_str());
+    std::fflush(stdout);
+    _exit(0);  // a driver in trouble may not end in order
+  }
   SetLogComponent("trainer");
   signal(SIGPIPE, SIG_IGN);
   int type = 0;
@@ -63,4 +123,4 @@ int Main() {
 }  // namespace
 }  // namespace ppft::trainer
 
-int main() { return ppft::trainer::Main(); }
+int main(int argc, char** argv) { return ppft::trainer::Main(argc, argv); }

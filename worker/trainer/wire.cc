@@ -92,7 +92,8 @@ PlanSpec FromProto(const v1::Plan& plan) {
     out.stages.push_back({stage.stage(), stage.first_layer(), stage.num_layers(), stage.has_embedding(), stage.has_head()});
   }
   for (const v1::RankPlan& rank : plan.ranks()) {
-    out.ranks.push_back({rank.rank(), rank.replica(), rank.pipeline_rank(), {rank.stages().begin(), rank.stages().end()}, rank.program()});
+    out.ranks.push_back(
+        {rank.rank(), rank.replica(), rank.pipeline_rank(), {rank.stages().begin(), rank.stages().end()}, rank.program(), rank.device(), rank.peak_bytes()});
   }
   return out;
 }
@@ -122,6 +123,7 @@ void ReadSpec(const v1::JobSpec& spec, TrainerConfig* config) {
   config->data.sequence_len = spec.data().sequence_len();
   config->data.sample_packing = spec.data().sample_packing();
   config->data.shuffle = spec.data().shuffle();
+  config->activation_checkpointing = spec.parallel().activation_checkpointing();
   const v1::TrainingSpec& training = spec.training();
   config->data.micro_batch_size = training.micro_batch_size();
   config->schedule = ScheduleOf(training, config->plan.total_steps);
@@ -236,6 +238,13 @@ std::string Encode(const StepReport& step) {
   out->set_tokens_seen(step.tokens_seen);
   out->set_supervised_tokens(step.supervised_tokens);
   out->set_skipped_steps(step.skipped_steps);
+  for (const SkippedStep& skipped : step.skipped) {
+    v1::SkippedStep* entry = out->add_skipped();
+    entry->set_step(skipped.step);
+    entry->set_reason(skipped.reason);
+    entry->set_loss_scale(skipped.loss_scale);
+    entry->set_next_loss_scale(skipped.next_loss_scale);
+  }
   out->set_seconds(step.seconds);
   return Bytes(report);
 }

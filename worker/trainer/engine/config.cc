@@ -42,8 +42,8 @@ absl::Status CheckConfig(const TrainerConfig& config) {
     }
   }
   if (plan.total_steps < 1) return absl::InvalidArgumentError("the plan has no optimizer step");
-  if (plan.zero_stage < 0 || plan.zero_stage > 2) {
-    return absl::InvalidArgumentError(absl::StrCat("parallel.zero_stage ", plan.zero_stage, " is not supported yet: use 0, 1 or 2"));
+  if (plan.zero_stage < 0 || plan.zero_stage > 3) {
+    return absl::InvalidArgumentError(absl::StrCat("parallel.zero_stage ", plan.zero_stage, " is unknown: use 0, 1, 2 or 3"));
   }
   if (config.logging_steps < 1) return absl::InvalidArgumentError("training.logging_steps must be at least 1");
   return CheckSchedule(config.schedule);

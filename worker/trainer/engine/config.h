@@ -60,6 +60,8 @@ struct RankSpec {
   int pipeline_rank = 0;
   std::vector<int> stages;  // ascending
   std::string program;
+  std::string device;      // "cpu:0", "cuda:1" on its worker
+  int64_t peak_bytes = 0;  // the plan's estimate
 };
 
 struct PlanSpec {
@@ -104,6 +106,7 @@ struct TrainerConfig {
   PlanSpec plan;
   std::string model_config;  // config.json
   std::vector<BaseTensor> tensors;
+  std::string activation_checkpointing = "none";  // none | selective | full
   AdapterOptions adapter;
   DataOptions data;
   FileOnDisk train_tokens;

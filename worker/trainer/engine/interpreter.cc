@@ -32,8 +32,14 @@ absl::Status Missing(const Action& action, absl::string_view what) {
 }  // namespace
 
 Interpreter::Interpreter(int rank, const pipeline::Mesh& mesh, std::map<int, StageModel*> stages, int64_t hidden_size, at::ScalarType dtype,
-                         Transport* transport, Activity* activity)
-    : rank_(rank), mesh_(mesh), stages_(std::move(stages)), hidden_size_(hidden_size), dtype_(dtype), transport_(transport), activity_(activity) {}
+                         Transport* transport, Activity* activity, const at::Device& device)
+    : rank_(rank),
+      mesh_(mesh),
+      stages_(std::move(stages)),
+      hidden_size_(hidden_size),
+      hidden_(at::TensorOptions().dtype(dtype).device(device)),
+      transport_(transport),
+      activity_(activity) {}
 
 absl::Status Interpreter::Run(const pipeline::Program& program, const std::vector<MicrobatchInput>& inputs, const PassOptions& options, double* loss_sum) {
   const Pass pass{inputs, options, loss_sum};
@@ -42,13 +48,23 @@ absl::Status Interpreter::Run(const pipeline::Program& program, const std::vecto
       return absl::InvalidArgumentError(
           absl::StrCat("the program's action ", pipeline::ToString(action), " has a stage or micro-batch that this rank does not have"));
     }
-    if (TokensOf(inputs[static_cast<size_t>(action.microbatch)]) == 0) continue;
+    if (TokensOf(inputs[static_cast<size_t>(action.microbatch)]) == 0) {
+      PPFT_RETURN_IF_ERROR(Idle(action));
+      continue;
+    }
     PPFT_RETURN_IF_ERROR(Annotate(Execute(action, pass), pipeline::ToString(action)));
   }
   if (!inputs_.empty() || !gradients_.empty() || !outputs_.empty() || !grad_ins_.empty()) {
     return absl::InvalidArgumentError("the program leaves tensors that nothing consumes");
   }
   return absl::OkStatus();
+}
+
+// The replicas may have tokens where this one has none, and need it for what they do together.
+absl::Status Interpreter::Idle(const Action& action) {
+  if (action.op != Op::kForward && action.op != Op::kBackward) return absl::OkStatus();
+  activity_->Enter(Section::kReduce, action.microbatch);
+  return Annotate(stages_[action.stage]->Idle(action.op == Op::kBackward), pipeline::ToString(action));
 }
 
 absl::Status Interpreter::Execute(const Action& action, const Pass& pass) {
@@ -148,7 +164,7 @@ absl::Status Interpreter::Receive(const Action& action, const Pass& pass) {
   if (IsLocal(from_stage)) return absl::OkStatus();
   const MicrobatchInput& input = pass.inputs[static_cast<size_t>(action.microbatch)];
   Incoming message;
-  message.tensor = at::empty({TokensOf(input), hidden_size_}, dtype_);
+  message.tensor = at::empty({TokensOf(input), hidden_size_}, hidden_);
   message.posted = true;
   PPFT_ASSIGN_OR_RETURN(message.ticket,
                         transport_->PostReceive(mesh_.RankOfStage(mesh_.ReplicaOf(rank_), from_stage), forward ? Channel::kActivations : Channel::kGradients,

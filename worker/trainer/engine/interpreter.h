@@ -30,11 +30,12 @@ struct PassOptions {
 
 class Interpreter {
  public:
-  // `stages` of this rank by stage number; `transport` may be null for a single rank. All outlive this object.
+  // `stages` of this rank by stage number; `transport` may be null for a single rank. All outlive this object. `device`: the stages' and the transport's.
   Interpreter(int rank, const pipeline::Mesh& mesh, std::map<int, StageModel*> stages, int64_t hidden_size, at::ScalarType dtype, Transport* transport,
-              Activity* activity);
+              Activity* activity, const at::Device& device = at::kCPU);
 
-  // inputs: of this replica, by the program's micro-batch number. The last stage adds its sum of -log p to *loss_sum.
+  // inputs: of this replica, by the program's micro-batch number. The last stage adds its sum of -log p to *loss_sum, or with loss_sum null to its
+  // loss_total().
   // INVALID_ARGUMENT for a program that uses what it has not made. After an error the object is spent.
   absl::Status Run(const pipeline::Program& program, const std::vector<MicrobatchInput>& inputs, const PassOptions& options, double* loss_sum);
 
@@ -55,6 +56,7 @@ class Interpreter {
   };
 
   absl::Status Execute(const pipeline::Action& action, const Pass& pass);
+  absl::Status Idle(const pipeline::Action& action);
   absl::Status Forward(const pipeline::Action& action, const Pass& pass);
   absl::Status Backward(const pipeline::Action& action, const Pass& pass);
   absl::Status Send(const pipeline::Action& action, const Pass& pass);
@@ -68,7 +70,7 @@ class Interpreter {
   const pipeline::Mesh mesh_;
   std::map<int, StageModel*> stages_;
   const int64_t hidden_size_;
-  const at::ScalarType dtype_;
+  const at::TensorOptions hidden_;  // dtype and device of what is sent
   Transport* const transport_;
   Activity* const activity_;
 

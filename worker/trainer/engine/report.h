@@ -24,8 +24,16 @@ struct MetricRow {
   bool skipped = false;
 };
 
+struct SkippedStep {
+  int64_t step = 0;
+  std::string reason;
+  double loss_scale = 1;  // of the step
+  double next_loss_scale = 1;
+};
+
 struct StepReport {
   MetricRow row;
+  std::vector<SkippedStep> skipped;  // since the last report
   int64_t tokens_seen = 0;
   int64_t supervised_tokens = 0;
   int64_t skipped_steps = 0;

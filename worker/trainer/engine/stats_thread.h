@@ -4,6 +4,7 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
@@ -18,9 +19,14 @@ namespace ppft::trainer {
 
 class Trainer::StatsThread {
  public:
-  // All outlive this object; `transport` may be null.
-  StatsThread(int pipeline_rank, const Activity* activity, const Transport* transport, Reporter* reporter)
-      : pipeline_rank_(pipeline_rank), activity_(activity), transport_(transport), reporter_(reporter), thread_([this] { Loop(); }) {}
+  // All outlive this object; `transport` may be null. `device_bytes`: the peak on the device, 0 where the host's memory is the device.
+  StatsThread(int pipeline_rank, const Activity* activity, const Transport* transport, Reporter* reporter, const std::atomic<int64_t>* device_bytes)
+      : pipeline_rank_(pipeline_rank),
+        activity_(activity),
+        transport_(transport),
+        reporter_(reporter),
+        device_bytes_(device_bytes),
+        thread_([this] { Loop(); }) {}
 
   ~StatsThread() {
     {
@@ -61,7 +67,8 @@ class Trainer::StatsThread {
     }
     struct rusage usage = {};
     getrusage(RUSAGE_SELF, &usage);
-    stats.memory_bytes = usage.ru_maxrss * int64_t{1024};
+    const int64_t device_bytes = device_bytes_->load(std::memory_order_relaxed);
+    stats.memory_bytes = device_bytes > 0 ? device_bytes : usage.ru_maxrss * int64_t{1024};
     const Clock::time_point now = Clock::now();
     const double passed = std::chrono::duration<double>(now - last_time_).count();
     stats.bubble_ratio = passed > 0 ? std::clamp(1.0 - (working - last_working_) / passed, 0.0, 1.0) : 0.0;
@@ -74,6 +81,7 @@ class Trainer::StatsThread {
   const Activity* const activity_;
   const Transport* const transport_;
   Reporter* const reporter_;
+  const std::atomic<int64_t>* const device_bytes_;
   Clock::time_point last_time_ = Clock::now();
   double last_working_ = 0;
   std::mutex mutex_;

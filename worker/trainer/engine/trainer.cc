@@ -15,12 +15,14 @@
 #include "common/model/peft.h"
 #include "worker/trainer/engine/failure.h"
 #include "worker/trainer/engine/stats_thread.h"
+#include "worker/trainer/torch/torch_status.h"
 
 namespace ppft::trainer {
 
-Trainer::Trainer(TrainerConfig config, Reporter* reporter, Beat* beat, StageFactory factory)
+Trainer::Trainer(TrainerConfig config, Reporter* reporter, Beat* beat, CudaRuntime* cuda, StageFactory factory)
     : config_(std::move(config)),
       reporter_(reporter),
+      cuda_(cuda),
       factory_(std::move(factory)),
       mesh_{config_.plan.data_parallel_size, config_.plan.pipeline_parallel_size, config_.plan.virtual_stages},
       activity_(beat),
@@ -73,7 +75,7 @@ absl::Status Trainer::Run() {
   return absl::OkStatus();
 }
 
-void Trainer::StartStats() { stats_ = std::make_unique<StatsThread>(config_.me().pipeline_rank, &activity_, transport_.get(), reporter_); }
+void Trainer::StartStats() { stats_ = std::make_unique<StatsThread>(config_.me().pipeline_rank, &activity_, transport_.get(), reporter_, &device_peak_bytes_); }
 
 bool Trainer::EvalDue(int64_t step) const {
   if (!has_eval() || state_.last_eval_step == step) return false;
@@ -107,8 +109,13 @@ absl::Status Trainer::Train() {
     if (last || due || keeps_best) PPFT_RETURN_IF_ERROR(WriteCheckpoint(new_best, eval_loss));
   }
   FillState(state_.step);
+  if (cuda_ != nullptr) Log(absl::StrFormat("device memory: %d bytes at the peak", device_peak_bytes_.load()));
   reporter_->Finished(state_, state_.step < plan().total_steps ? "early_stopping" : "max_steps");
   return absl::OkStatus();
+}
+
+void Trainer::RecordDeviceMemory() {
+  if (cuda_ != nullptr) device_peak_bytes_ = cuda_->Memory(0).peak_reserved_bytes;
 }
 
 absl::Status Trainer::TrainStep(int64_t step) {
@@ -119,15 +126,15 @@ absl::Status Trainer::TrainStep(int64_t step) {
     inputs.push_back(InputOf(train_data_->rows(), microbatch, step, scale / static_cast<double>(std::max<int64_t>(1, step_plan.targets)), /*training=*/true));
   }
   adapter_->ZeroGradients();
-  double loss_sum = 0;
+  if (const at::Tensor total = LossTotal(); total.defined()) total.zero_();
   PassOptions options;
   options.pass = next_pass_++;
   options.keep_for_backward = true;
-  PPFT_RETURN_IF_ERROR(interpreter_->Run(program_, inputs, options, &loss_sum));
+  PPFT_RETURN_IF_ERROR(interpreter_->Run(program_, inputs, options, nullptr));
 
   activity_.Enter(Section::kReduce);
   PPFT_RETURN_IF_ERROR(adapter_->ReduceGradients());
-  PPFT_ASSIGN_OR_RETURN(const StepSums sums, GatherSums(loss_sum));
+  PPFT_ASSIGN_OR_RETURN(const StepSums sums, GatherSums());
   const absl::Status finite = CheckFinite(sums, step_plan);
   const bool skipped = !finite.ok();
   if (skipped && !scaler_.active()) return finite;
@@ -138,12 +145,13 @@ absl::Status Trainer::TrainStep(int64_t step) {
 
   activity_.Enter(Section::kOptimizer);
   if (skipped) {
+    if (scaler_.exhausted()) return finite;  // no smaller scale is left to try
     ++state_.skipped_steps;
   } else {
     PPFT_RETURN_IF_ERROR(adapter_->Update(step - state_.skipped_steps, learning_rate, ClipFactor(grad_norm, config_.max_grad_norm) / scale));
   }
   scaler_.Update(skipped);
-  if (skipped && scaler_.scale() == scale && scale <= config_.loss_scaler.min_scale) return finite;  // no smaller scale is left to try
+  if (skipped) NoteSkipped(step, scale, finite);
   state_.tokens_seen += step_plan.tokens;
   state_.supervised_tokens += step_plan.targets;
   FillState(step);
@@ -151,10 +159,11 @@ absl::Status Trainer::TrainStep(int64_t step) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<Trainer::StepSums> Trainer::GatherSums(double loss_sum) {
+absl::StatusOr<Trainer::StepSums> Trainer::GatherSums() {
   const auto per_layer = static_cast<int64_t>(2 * config_.adapter.target_modules.size());
-  std::vector<double> mine = adapter_->SquaresOfGradients();
-  mine.insert(mine.begin(), loss_sum);
+  PPFT_ASSIGN_OR_RETURN(const std::vector<double> mine, adapter_->Sums(LossTotal()));
+  PPFT_RETURN_IF_ERROR(TransportStatus());  // what a lost peer left on the device ends here
+  RecordDeviceMemory();
   std::vector<int64_t> counts;
   for (const RankSpec& rank : plan().ranks) {
     int64_t count = 1;
@@ -197,6 +206,10 @@ absl::Status Trainer::CheckFinite(const StepSums& sums, const data::StepPlan& st
   return absl::OkStatus();
 }
 
+void Trainer::NoteSkipped(int64_t step, double scale, const absl::Status& reason) {
+  skipped_.push_back({step, std::string(reason.message()), scale, scaler_.scale()});
+}
+
 void Trainer::ReportStep(const data::StepPlan& step_plan, double loss, double learning_rate, double grad_norm, bool skipped) {
   reported_tokens_ += step_plan.tokens;
   if (step_plan.step % config_.logging_steps != 0 && step_plan.step != plan().total_steps) return;
@@ -214,13 +227,21 @@ void Trainer::ReportStep(const data::StepPlan& step_plan, double loss, double le
   report.tokens_seen = state_.tokens_seen;
   report.supervised_tokens = state_.supervised_tokens;
   report.skipped_steps = state_.skipped_steps;
+  report.skipped = std::move(skipped_);
+  skipped_.clear();
   reported_at_ = now;
   reported_tokens_ = 0;
   if (is_reporter()) reporter_->Step(report);
 }
 
+at::Tensor Trainer::LossTotal() const {
+  const auto last = stages_.find(mesh_.num_stages() - 1);
+  return last == stages_.end() ? at::Tensor() : last->second->loss_total();
+}
+
 absl::StatusOr<double> Trainer::EvaluationLoss() {
-  double loss_sum = 0;
+  const at::Tensor total = LossTotal();
+  if (total.defined()) total.zero_();
   for (int64_t begin = 0; begin < eval_rounds_; begin += eval_window_) {
     std::vector<MicrobatchInput> inputs;
     for (int64_t i = begin; i < begin + eval_window_; ++i) {
@@ -230,9 +251,14 @@ absl::StatusOr<double> Trainer::EvaluationLoss() {
     }
     PassOptions options;
     options.pass = next_pass_++;
-    PPFT_RETURN_IF_ERROR(interpreter_->Run(eval_program_, inputs, options, &loss_sum));
+    PPFT_RETURN_IF_ERROR(interpreter_->Run(eval_program_, inputs, options, nullptr));
   }
   activity_.Enter(Section::kReduce);
+  double loss_sum = 0;
+  PPFT_RETURN_IF_ERROR(CatchTorch("evaluation", [&]() -> absl::Status {
+    if (total.defined()) loss_sum = total.item<double>();
+    return TransportStatus();
+  }));
   PPFT_RETURN_IF_ERROR(world_->AllReduceSum(absl::Span<double>(&loss_sum, 1)));
   return loss_sum / static_cast<double>(std::max<int64_t>(1, eval_targets_));
 }
@@ -287,6 +313,7 @@ absl::Status Trainer::WriteCheckpoint(bool best, const std::optional<double>& ev
   const absl::Time begin = absl::Now();
   activity_.Enter(Section::kCheckpoint);
   PPFT_ASSIGN_OR_RETURN(const std::vector<NamedTensor> tensors, adapter_->CheckpointTensors());
+  PPFT_RETURN_IF_ERROR(TransportStatus());
   checkpoint_step_ = state_.step;
   if (config_.me().replica != 0) return absl::OkStatus();
   const std::string name = absl::StrFormat("step-%d-rank-%d.safetensors", state_.step, config_.rank);

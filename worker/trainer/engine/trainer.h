@@ -4,6 +4,7 @@
 // gather, so that no rank has to be told.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <map>
 #include <memory>
@@ -20,11 +21,14 @@
 #include "common/pipeline/mesh.h"
 #include "worker/trainer/beat.h"
 #include "worker/trainer/comm/collectives.h"
+#include "worker/trainer/comm/device/device_transport.h"
 #include "worker/trainer/comm/tcp_transport.h"
+#include "worker/trainer/cuda/plugin.h"
 #include "worker/trainer/engine/activity.h"
 #include "worker/trainer/engine/adapter_state.h"
 #include "worker/trainer/engine/batches.h"
 #include "worker/trainer/engine/config.h"
+#include "worker/trainer/engine/device_adapter_state.h"
 #include "worker/trainer/engine/interpreter.h"
 #include "worker/trainer/engine/report.h"
 #include "worker/trainer/model/stage_model.h"
@@ -39,7 +43,8 @@ using StageFactory =
 class Trainer {
  public:
   // `reporter` and `beat` (may be null) outlive this object.
-  Trainer(TrainerConfig config, Reporter* reporter, Beat* beat, StageFactory factory = StageModel::Create);
+  // `cuda` is the plugin, in use on this thread, where the rank's device is a GPU (its only visible one); null on the CPU.
+  Trainer(TrainerConfig config, Reporter* reporter, Beat* beat, CudaRuntime* cuda = nullptr, StageFactory factory = StageModel::Create);
   ~Trainer();
 
   // Model, data, checkpoint. Errors carry their reason (failure.h).
@@ -63,15 +68,20 @@ class Trainer {
   absl::Status LoadData();
   absl::Status LoadStages();
   absl::Status LoadAdapterState();
+  void LogHeldBytes();
+  // Activations and gradients go from device to device from here on.
+  absl::Status ConnectDevices();
   absl::Status RestoreCheckpoint();
   void StartStats();
 
   absl::Status Train();
+  void RecordDeviceMemory();
   absl::Status TrainStep(int64_t step);
-  absl::StatusOr<StepSums> GatherSums(double loss_sum);
+  absl::StatusOr<StepSums> GatherSums();
   // NUMERIC_DIVERGENCE that names the loss or the first parameter whose gradient is not finite; OK if all are.
   absl::Status CheckFinite(const StepSums& sums, const data::StepPlan& plan) const;
   void ReportStep(const data::StepPlan& plan, double loss, double learning_rate, double grad_norm, bool skipped);
+  void NoteSkipped(int64_t step, double scale, const absl::Status& reason);
 
   bool has_eval() const { return eval_data_ != nullptr; }
   bool EvalDue(int64_t step) const;
@@ -79,18 +89,26 @@ class Trainer {
   // Mean -log p over all targets of the evaluation rows; updates the best and the patience.
   absl::Status Evaluate(int64_t step, bool* new_best, std::optional<double>* eval_loss);
   absl::StatusOr<double> EvaluationLoss();
+  // The last stage's, zero at first; undefined on other ranks.
+  at::Tensor LossTotal() const;
+  absl::Status TransportStatus() const { return transport_ == nullptr ? absl::OkStatus() : transport_->status(); }
   absl::Status WriteCheckpoint(bool best, const std::optional<double>& eval_loss);
 
   absl::Status Export();
   absl::Status WriteArtifacts(ExportWritten* written, std::string* adapter_path, std::string* merged_path);
   // Forward of the probe through the pipeline; logits [probe, vocab] on the last stage.
   absl::Status ProbeLogits(const std::vector<int32_t>& probe, at::Tensor* logits);
+  std::vector<int32_t> Probe() const;  // the first tokens of the data
+  // On the other replicas: takes part in the passes of replica 0's Verify that need all of them.
+  absl::Status HelpVerify();
   absl::Status Verify(const std::string& adapter_path, const std::string& merged_path, std::vector<Verification>* verifications);
   absl::StatusOr<double> DifferenceToAll(const at::Tensor& a, const at::Tensor& b);
   absl::StatusOr<std::map<int, std::unique_ptr<StageModel>>> MergedStages(const std::string& merged_path);
 
   const PlanSpec& plan() const { return config_.plan; }
   bool is_reporter() const;  // replica 0's last stage
+  // ZeRO 3: a stage goes forward only together with its replicas.
+  bool shares_layers() const { return plan().zero_stage >= 3 && plan().data_parallel_size > 1; }
   StageOptions OptionsOf(int stage) const;
   std::vector<StageModel*> Stages() const;
   std::map<int, StageModel*> StageMap() const;
@@ -101,10 +119,12 @@ class Trainer {
   // Constant after Load.
   const TrainerConfig config_;
   Reporter* const reporter_;
+  CudaRuntime* const cuda_;
   const StageFactory factory_;
   const pipeline::Mesh mesh_;
   model::ModelConfig model_config_;
   at::ScalarType compute_ = at::kFloat;
+  Checkpointing checkpointing_ = Checkpointing::kNone;
   pipeline::Program program_;
   pipeline::Program eval_program_;  // of eval_window_ micro-batches
   int eval_window_ = 0;
@@ -119,8 +139,11 @@ class Trainer {
   TensorSource base_;
   std::map<int, std::unique_ptr<StageModel>> stages_;
   std::unique_ptr<Transport> transport_;
+  DeviceReplicas device_replicas_;
+  std::atomic<int64_t> device_peak_bytes_{0};  // 0 on the CPU
   std::unique_ptr<Group> world_;
   std::unique_ptr<Group> replicas_;
+  std::unique_ptr<ReplicaExchange> exchange_;  // zero_stage 2 and 3 over several replicas
   std::unique_ptr<AdapterState> adapter_;
   std::unique_ptr<Interpreter> interpreter_;
   LossScaler scaler_;
@@ -131,6 +154,7 @@ class Trainer {
   // Since the last step report.
   absl::Time reported_at_;
   int64_t reported_tokens_ = 0;
+  std::vector<SkippedStep> skipped_;
 
   class StatsThread;
   std::unique_ptr<StatsThread> stats_;

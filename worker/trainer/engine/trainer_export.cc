@@ -74,12 +74,26 @@ absl::Status Trainer::Export() {
     adapter_->UseBest();
     written.step = state_.best_step;
   }
-  if (config_.me().replica != 0) return absl::OkStatus();
+  if (config_.me().replica != 0) return config_.verify && shares_layers() ? HelpVerify() : absl::OkStatus();
   std::string adapter_path, merged_path;
   PPFT_RETURN_IF_ERROR(WriteArtifacts(&written, &adapter_path, &merged_path));
   if (config_.verify) PPFT_RETURN_IF_ERROR(Verify(adapter_path, merged_path, &written.verifications));
   reporter_->Exported(written);
   return absl::OkStatus();
+}
+
+std::vector<int32_t> Trainer::Probe() const {
+  const data::TokenRows& rows = train_data_->rows();
+  std::vector<int32_t> probe;
+  for (int64_t i = 0; i < std::min(rows.length(0), kProbeTokens); ++i)
+    probe.push_back(static_cast<int32_t>(rows.ids[static_cast<size_t>(rows.offsets[0] + i)]));
+  return probe;
+}
+
+absl::Status Trainer::HelpVerify() {
+  at::Tensor logits;
+  PPFT_RETURN_IF_ERROR(ProbeLogits(Probe(), &logits));  // what is in memory
+  return ProbeLogits(Probe(), &logits);                 // the adapter that replica 0 has read back
 }
 
 absl::Status Trainer::ProbeLogits(const std::vector<int32_t>& probe, at::Tensor* logits) {
@@ -126,6 +140,8 @@ absl::StatusOr<std::map<int, std::unique_ptr<StageModel>>> Trainer::MergedStages
   for (const int stage : config_.me().stages) {
     StageOptions options = OptionsOf(stage);
     options.lora.target_modules.clear();
+    // The file lies on this rank alone, and the whole of it may be more than fits.
+    if (shares_layers()) options.weights = WeightHome::kStreamed;
     PPFT_ASSIGN_OR_RETURN(stages[stage], factory_(model_config_, options, source));
   }
   return stages;
@@ -133,10 +149,7 @@ absl::StatusOr<std::map<int, std::unique_ptr<StageModel>>> Trainer::MergedStages
 
 absl::Status Trainer::Verify(const std::string& adapter_path, const std::string& merged_path, std::vector<Verification>* verifications) {
   return CatchTorch("verification", [&]() -> absl::Status {
-    const data::TokenRows& rows = train_data_->rows();
-    const int64_t length = std::min(rows.length(0), kProbeTokens);
-    std::vector<int32_t> probe;
-    for (int64_t i = 0; i < length; ++i) probe.push_back(static_cast<int32_t>(rows.ids[static_cast<size_t>(rows.offsets[0] + i)]));
+    const std::vector<int32_t> probe = Probe();
     at::Tensor own, read;
     PPFT_RETURN_IF_ERROR(ProbeLogits(probe, &own));
 

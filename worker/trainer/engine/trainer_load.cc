@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,7 +14,10 @@
 #include "common/model/peft.h"
 #include "common/pipeline/lowering.h"
 #include "common/pipeline/schedule.h"
+#include "worker/trainer/engine/device_replica_exchange.h"
 #include "worker/trainer/engine/failure.h"
+#include "worker/trainer/engine/host_adapter_state.h"
+#include "worker/trainer/engine/host_replica_exchange.h"
 #include "worker/trainer/engine/stats_thread.h"
 #include "worker/trainer/engine/trainer.h"
 
@@ -22,6 +26,11 @@ namespace {
 
 // Peers load their stages before they answer.
 constexpr absl::Duration kPeersLoad = absl::Minutes(10);
+
+// Of logits at a time: enough to fill a GPU.
+constexpr int64_t kDeviceHeadRows = 2048;
+// A peer that gives no sign of life for so long is lost: a stopped process must not hold a device for minutes.
+constexpr absl::Duration kDevicePeerSilence = absl::Seconds(8);
 
 absl::Status ModelInvalid(const absl::Status& status) {
   if (absl::IsResourceExhausted(status)) return status;
@@ -33,6 +42,13 @@ absl::StatusOr<at::ScalarType> ComputeType(const std::string& name) {
   if (name == "bf16") return at::kBFloat16;
   if (name == "fp16") return at::kHalf;
   return absl::InvalidArgumentError(absl::StrCat("precision.compute \"", name, "\" is unknown: use fp32, bf16 or fp16"));
+}
+
+absl::StatusOr<Checkpointing> CheckpointingOf(const std::string& name) {
+  if (name.empty() || name == "none") return Checkpointing::kNone;
+  if (name == "selective") return Checkpointing::kSelective;
+  if (name == "full") return Checkpointing::kFull;
+  return absl::InvalidArgumentError(absl::StrCat("parallel.activation_checkpointing \"", name, "\" is unknown: use none, selective or full"));
 }
 
 std::vector<std::string> PathsOf(const std::vector<FileOnDisk>& files) {
@@ -64,6 +80,17 @@ StageOptions Trainer::OptionsOf(int stage) const {
   options.has_embedding = spec.has_embedding;
   options.has_head = spec.has_head;
   options.compute = compute_;
+  options.checkpointing = checkpointing_;
+  if (shares_layers()) {
+    options.weights = WeightHome::kSharded;
+    options.num_replicas = plan().data_parallel_size;
+    options.replica = config_.me().replica;
+  }
+  if (cuda_ != nullptr) {
+    options.device = at::Device(at::kCUDA, 0);
+    options.kernels = &cuda_->KernelsOf(0);
+    options.head_chunk_rows = kDeviceHeadRows;
+  }
   options.lora.r = config_.adapter.r;
   options.lora.scale = config_.adapter.scale;
   options.lora.dropout = config_.adapter.dropout;
@@ -77,6 +104,11 @@ absl::Status Trainer::Load() {
   const absl::Time begin = absl::Now();
   PPFT_RETURN_IF_ERROR(WithReason(CheckConfig(config_), "SPEC_INVALID", "USER", "correct the job and submit it again"));
   PPFT_ASSIGN_OR_RETURN(compute_, ComputeType(plan().compute));
+  if (compute_ != at::kFloat && cuda_ == nullptr) {
+    reporter_->Log(Severity::kWarning,
+                   absl::StrCat(plan().compute, " is slow on a CPU, which has no fast products for it: precision.compute: fp32 is faster there"));
+  }
+  PPFT_ASSIGN_OR_RETURN(checkpointing_, CheckpointingOf(config_.activation_checkpointing));
   PPFT_ASSIGN_OR_RETURN(program_, pipeline::ParseProgram(config_.me().program));
   absl::StatusOr<model::ModelConfig> parsed = model::ParseModelConfig(config_.model_config, "config.json");
   PPFT_RETURN_IF_ERROR(ModelInvalid(parsed.status()));
@@ -140,6 +172,7 @@ absl::Status Trainer::Connect(TcpListener listener, const std::vector<std::strin
     options.rank = config_.rank;
     options.size = size;
     options.stall_timeout = config_.stall_timeout;
+    if (cuda_ != nullptr) options.peer_silence = kDevicePeerSilence;
     options.connect_timeout = std::max(config_.stall_timeout, kPeersLoad);
     // All that a step can leave unclaimed or unsent, so that the order of a proven program never waits for room.
     options.ring_frames = 16 + 2 * std::max(plan().num_microbatches, eval_window_) * plan().virtual_stages;
@@ -150,24 +183,74 @@ absl::Status Trainer::Connect(TcpListener listener, const std::vector<std::strin
       links.push_back({peer, Channel::kControl});
       const bool same_replica = mesh_.ReplicaOf(peer) == config_.me().replica;
       const int distance = (mesh_.PipelineRankOf(peer) - config_.me().pipeline_rank + pp) % pp;
-      if (same_replica && (distance == 1 || distance == pp - 1)) {
+      if (cuda_ == nullptr && same_replica && (distance == 1 || distance == pp - 1)) {
         links.push_back({peer, Channel::kActivations});
         links.push_back({peer, Channel::kGradients});
       }
     }
     PPFT_ASSIGN_OR_RETURN(transport_, ConnectTcp(std::move(listener), options, endpoints, links));
+    if (cuda_ != nullptr) PPFT_RETURN_IF_ERROR(ConnectDevices());
   }
   std::vector<int> everyone(static_cast<size_t>(size));
   std::iota(everyone.begin(), everyone.end(), 0);
   world_ = std::make_unique<Group>(transport_.get(), 0, everyone);
   replicas_ = std::make_unique<Group>(transport_.get(), 1 + config_.me().pipeline_rank, mesh_.ReplicaGroupOf(config_.rank));
-  interpreter_ = std::make_unique<Interpreter>(config_.rank, mesh_, StageMap(), model_config_.hidden_size, compute_, transport_.get(), &activity_);
+  if (plan().data_parallel_size > 1 && plan().zero_stage >= 2) {
+    if (cuda_ != nullptr) {
+      exchange_ = std::make_unique<DeviceReplicaExchange>(device_replicas_.comm, device_replicas_.size, device_replicas_.index);
+    } else {
+      exchange_ = std::make_unique<HostReplicaExchange>(
+          Group(transport_.get(), 1 + plan().pipeline_parallel_size + config_.me().pipeline_rank, mesh_.ReplicaGroupOf(config_.rank)));
+    }
+    for (StageModel* stage : Stages()) stage->Attach(exchange_.get());
+  }
+  interpreter_ = std::make_unique<Interpreter>(config_.rank, mesh_, StageMap(), model_config_.hidden_size, compute_, transport_.get(), &activity_,
+                                               cuda_ != nullptr ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU));
   return LoadAdapterState();
+}
+
+absl::Status Trainer::ConnectDevices() {
+  const RankSpec& me = config_.me();
+  const int pp = plan().pipeline_parallel_size;
+  DeviceTransportOptions options;
+  options.group = mesh_.ReplicaGroupOf(config_.rank);
+  // Stage s sends activations to the rank of s + 1 and takes gradients from it; with virtual stages the last rank sends to the first.
+  std::set<std::pair<int, int>> down;  // pairs of ranks
+  for (int stage = 0; stage + 1 < mesh_.num_stages() && pp > 1; ++stage) {
+    const int from = mesh_.RankOfStage(me.replica, stage);
+    const int to = mesh_.RankOfStage(me.replica, stage + 1);
+    if (from == config_.rank || to == config_.rank) down.insert({from, to});
+  }
+  for (const auto& [from, to] : down) {
+    options.links.push_back({Channel::kActivations, from, to});
+    options.links.push_back({Channel::kGradients, to, from});
+  }
+  PPFT_ASSIGN_OR_RETURN(std::unique_ptr<DeviceTransport> devices, DeviceTransport::Connect(std::move(transport_), &cuda_->CommsOf(0), options));
+  device_replicas_ = {devices->group(), devices->group_index(), plan().data_parallel_size};
+  transport_ = std::move(devices);
+  return absl::OkStatus();
+}
+
+void Trainer::LogHeldBytes() {
+  HeldBytes held;
+  for (StageModel* stage : Stages()) {
+    const HeldBytes one = stage->held_bytes();
+    held.weights += one.weights;
+    held.masters += one.masters;
+    held.gradients += one.gradients;
+  }
+  Log(absl::StrFormat("holds %d bytes of weights, %d of masters, %d of gradients, %d of moments (zero_stage %d, %d replicas)", held.weights, held.masters,
+                      held.gradients, adapter_->moment_bytes(), plan().zero_stage, plan().data_parallel_size));
 }
 
 absl::Status Trainer::LoadAdapterState() {
   activity_.Enter(Section::kLoading);
-  PPFT_ASSIGN_OR_RETURN(adapter_, AdapterState::Create(config_.optimizer, plan().zero_stage, Stages(), replicas_.get()));
+  if (cuda_ != nullptr) {
+    PPFT_ASSIGN_OR_RETURN(adapter_, DeviceAdapterState::Create(config_.optimizer, plan().zero_stage, Stages(), cuda_, device_replicas_));
+  } else {
+    PPFT_ASSIGN_OR_RETURN(adapter_, HostAdapterState::Create(config_.optimizer, plan().zero_stage, Stages(), replicas_.get(), exchange_.get()));
+  }
+  LogHeldBytes();
   if (config_.resume.has_value()) return RestoreCheckpoint();
   if (config_.init_adapter.empty()) return absl::OkStatus();
   std::vector<FileOnDisk> tensors;
