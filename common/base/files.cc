@@ -31,7 +31,8 @@ absl::Status ReadExactly(int fd, const std::string& path, int64_t offset, std::s
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) return ErrnoStatus(errno, path);
     if (got == 0) {
-      return absl::OutOfRangeError(absl::StrCat(path, ": ends at byte ", offset + static_cast<int64_t>(done), ", expected ", offset + static_cast<int64_t>(out.size())));
+      return absl::OutOfRangeError(
+          absl::StrCat(path, ": ends at byte ", offset + static_cast<int64_t>(done), ", expected ", offset + static_cast<int64_t>(out.size())));
     }
     done += static_cast<size_t>(got);
   }

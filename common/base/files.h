@@ -43,8 +43,8 @@ absl::Status SyncPath(const std::string& path);
 absl::Status RenameDurably(const std::string& from, const std::string& to);
 absl::Status WriteAll(int fd, absl::string_view bytes, absl::string_view what);
 
-absl::Status MakeDirs(const std::string& path);          // mkdir -p, mode 0700
-absl::Status RemoveAll(const std::string& path);         // rm -rf; a missing path is fine
+absl::Status MakeDirs(const std::string& path);                             // mkdir -p, mode 0700
+absl::Status RemoveAll(const std::string& path);                            // rm -rf; a missing path is fine
 absl::StatusOr<std::vector<std::string>> ListDir(const std::string& path);  // names, sorted
 std::string JoinPath(absl::string_view a, absl::string_view b);
 

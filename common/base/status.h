@@ -21,10 +21,10 @@ absl::Status ErrnoStatus(int error, absl::string_view what);
 #define PPFT_CONCAT_INNER(a, b) a##b
 #define PPFT_CONCAT(a, b) PPFT_CONCAT_INNER(a, b)
 
-#define PPFT_RETURN_IF_ERROR(expr)                         \
-  do {                                                     \
-    ::absl::Status ppft_status_ = (expr);                  \
-    if (!ppft_status_.ok()) return ppft_status_;           \
+#define PPFT_RETURN_IF_ERROR(expr)               \
+  do {                                           \
+    ::absl::Status ppft_status_ = (expr);        \
+    if (!ppft_status_.ok()) return ppft_status_; \
   } while (false)
 
 #define PPFT_ASSIGN_OR_RETURN(lhs, expr) PPFT_ASSIGN_OR_RETURN_INNER(PPFT_CONCAT(ppft_or_, __LINE__), lhs, expr)

@@ -1,10 +1,10 @@
 // The edge to libtorch: its exceptions become a Status with context.
 #pragma once
 
+#include <c10/util/Exception.h>
+
 #include <new>
 #include <utility>
-
-#include <c10/util/Exception.h>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
