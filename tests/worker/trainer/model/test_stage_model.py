@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from oracle import ALL, ASSETS, load, make_model, microbatch, relative, run_tool, with_lora
+from oracle import ALL, ASSETS, ROOT, load, make_model, microbatch, relative, run_tool, with_lora
 
 LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 
@@ -58,6 +58,14 @@ def test_stories260k_logits_equal_transformers(tmp_path, stories):
     ids = json.loads((stories.parent / "expected_greedy_200steps.ids.json").read_text())["greedy_ids"]
     ours = run_tool(tmp_path, stories, [microbatch([ids])], logits=True)["logits.0"]
     assert relative(ours, their_logits(load(stories), [ids])) < 1e-5
+
+
+def test_stories15m_logits_equal_transformers(tmp_path):
+    folder = ROOT / ".deps" / "models" / "stories15M"
+    assert folder.exists(), f"{folder} is missing: deploy/setup makes it"
+    docs = documents(32000, [40, 9])
+    ours = run_tool(tmp_path, folder, [microbatch(docs)], logits=True)["logits.0"]
+    assert relative(ours, their_logits(load(folder), docs)) < 1e-5
 
 
 def test_stories260k_greedy_text_is_the_expected_one(tmp_path, stories):
