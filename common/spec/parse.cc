@@ -445,6 +445,18 @@ void ApplyDependentDefaults(const std::set<std::string>& given, v1::JobSpec* spe
   CompleteDatasets(spec->mutable_data()->mutable_test_datasets());
 }
 
+// A whole job as `ppctl get -o yaml` prints it: the spec within is meant, and what else is there is its state of then.
+void EnterSpecOfJob(Node* root) {
+  const auto entry = [&](absl::string_view key) {
+    return std::find_if(root->entries.begin(), root->entries.end(), [&](const Entry& e) { return e.key == key; });
+  };
+  const auto spec = entry("spec");
+  if (spec == root->entries.end() || spec->value.kind != Node::Kind::kMap || entry("id") == root->entries.end() || entry("status") == root->entries.end())
+    return;
+  Node inner = std::move(spec->value);
+  *root = std::move(inner);
+}
+
 }  // namespace
 
 ParseResult Parse(const std::string& file, absl::string_view text, const std::vector<std::string>& overrides) {
@@ -456,6 +468,7 @@ ParseResult Parse(const std::string& file, absl::string_view text, const std::ve
   std::vector<TreeError> broken;
   Node root = ReadTree(text, 0, &broken);
   const bool readable = broken.empty();
+  EnterSpecOfJob(&root);
   ApplyOverrides(overrides, &root, &broken);
   for (const TreeError& error : broken) reader.Add(error.mark, "", error.message);
 

@@ -41,6 +41,8 @@ absl::Status HashPrefix(int fd, int64_t size, Sha256* sha) {
 absl::StatusOr<std::unique_ptr<BlobStore>> BlobStore::Open(const std::string& data_dir, int64_t reserve_bytes) {
   // A file-size limit must be an error of write(2), not the end of the coordinator.
   signal(SIGXFSZ, SIG_IGN);
+  struct statvfs disk;
+  if (statvfs(data_dir.c_str(), &disk) == 0) reserve_bytes = std::min(reserve_bytes, static_cast<int64_t>(disk.f_blocks / 16 * disk.f_frsize));
   std::unique_ptr<BlobStore> store(new BlobStore(data_dir, reserve_bytes));
   PPFT_RETURN_IF_ERROR(RemoveAll(JoinPath(data_dir, "tmp")));
   for (const char* folder : {"blobs", "partial", "tmp"}) PPFT_RETURN_IF_ERROR(MakeDirs(JoinPath(data_dir, folder)));

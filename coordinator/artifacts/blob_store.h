@@ -27,7 +27,7 @@ constexpr int64_t kMaxChunkBytes = 1 << 20;
 
 class BlobStore {
  public:
-  // Bytes of the disk that uploads leave free, for the database.
+  // Bytes of the disk that uploads leave free, for the database; never more than a sixteenth of the disk.
   static constexpr int64_t kReserveBytes = 64 << 20;
 
   // Creates the folders, empties tmp/ and drops partial files that nobody continued for a week.

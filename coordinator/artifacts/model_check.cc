@@ -19,6 +19,7 @@
 #include "common/model/config.h"
 #include "common/model/cost.h"
 #include "common/model/inventory.h"
+#include "common/model/json.h"
 #include "common/model/safetensors.h"
 #include "coordinator/artifacts/finite.h"
 #include "coordinator/artifacts/tokenizer_files.h"
@@ -177,10 +178,28 @@ absl::Status ScanTensors(const ModelFolder& folder, std::vector<Tensor>& tensors
   return absl::OkStatus();
 }
 
-// config.json, generation_config.json and the tokenizer's files become blobs.
+// True if the files hold a head that is not the embedding, although config.json ties them: transformers then uses both as they are.
+absl::StatusOr<bool> HeadDiffers(const ModelFolder& folder, const model::ModelConfig& config, std::vector<Tensor>& tensors,
+                                 const std::function<bool()>& cancelled) {
+  if (!config.tie_word_embeddings) return false;
+  const auto find = [&](const char* name) { return std::find_if(tensors.begin(), tensors.end(), [&](const Tensor& t) { return t.info.name == name; }); };
+  const auto head = find(model::kHeadName), embedding = find(model::kEmbeddingName);
+  if (head == tensors.end() || embedding == tensors.end()) return false;
+  std::string buffer(kScanBytes, '\0');
+  for (const auto& tensor : {head, embedding}) {
+    PPFT_RETURN_IF_ERROR(ScanTensor(JoinPath(folder.path(), tensor->file->name), *tensor, buffer, cancelled));
+  }
+  return head->info.dtype == embedding->info.dtype && head->sha256 != embedding->sha256;
+}
+
+// config.json as checked, generation_config.json and the tokenizer's files become blobs.
 absl::Status CopyTextFiles(const ModelFolder& folder, const std::vector<std::string>& names, BlobStore& blobs, v1::ModelRecord* record) {
   for (const std::string& name : names) {
     if (!IsModelTextFile(name)) continue;
+    if (name == "config.json") {
+      PPFT_ASSIGN_OR_RETURN(*record->add_files(), blobs.AddBytes(record->config(), name));
+      continue;
+    }
     PPFT_ASSIGN_OR_RETURN(const std::string text, ReadText(folder, name, kMaxTextFileBytes));
     PPFT_ASSIGN_OR_RETURN(*record->add_files(), blobs.AddBytes(text, name));
   }
@@ -231,13 +250,20 @@ absl::StatusOr<v1::ModelRecord> CheckModel(const ModelFolder& folder, BlobStore&
     return Invalid(absl::StrCat(config_path, ": is missing; a model folder needs config.json, safetensors files and the tokenizer"));
   PPFT_RETURN_IF_ERROR(config_text.status());
   record.set_config(*config_text);
-  PPFT_ASSIGN_OR_RETURN(const model::ModelConfig config, model::ParseModelConfig(*config_text, config_path));
+  PPFT_ASSIGN_OR_RETURN(model::ModelConfig config, model::ParseModelConfig(*config_text, config_path));
 
   std::map<std::string, std::string> index;
   PPFT_ASSIGN_OR_RETURN(const std::vector<std::string> weight_names, WeightFileNames(folder, names, &index));
   std::vector<WeightFile> files;
   std::vector<Tensor> tensors;
   PPFT_RETURN_IF_ERROR(ReadHeaders(folder, weight_names, index, &files, &tensors));
+  PPFT_ASSIGN_OR_RETURN(const bool head_differs, HeadDiffers(folder, config, tensors, cancelled));
+  if (head_differs) {
+    PPFT_ASSIGN_OR_RETURN(nlohmann::json untied, model::ParseStrictObject(*config_text, config_path));
+    untied["tie_word_embeddings"] = false;
+    record.set_config(untied.dump(2));
+    config.tie_word_embeddings = false;
+  }
   std::vector<model::TensorInfo> infos;
   for (const Tensor& tensor : tensors) infos.push_back(tensor.info);
   PPFT_RETURN_IF_ERROR(model::CheckInventory(config, infos, folder.path()));

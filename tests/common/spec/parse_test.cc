@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "common/spec/schema.h"
 #include "common/spec/spec.h"
 #include "common/spec/suggest.h"
@@ -54,6 +55,18 @@ TEST(Parse, TheMinimumGetsTheDocumentedDefaults) {
   EXPECT_EQ(spec.output().merge_dtype(), "");
   EXPECT_EQ(spec.limits().stall_timeout().seconds(), 300);
   EXPECT_FALSE(spec.limits().has_max_duration());
+}
+
+TEST(Parse, AWholeJobAsGetPrintsItIsReadByItsSpec) {
+  const ParseResult first = Parse("job.yaml", kMinimum, {"adapter.r=4", "labels={team: nlp}"});
+  ASSERT_TRUE(first.ok()) << Errors(first);
+  std::string job = "id: job-k3x9a2b7\nname: job\nstatus:\n  state: JOB_STATE_SUCCEEDED\n  step: 3\nspec:\n";
+  for (const absl::string_view line : absl::StrSplit(ToYaml(first.spec), '\n', absl::SkipEmpty())) absl::StrAppend(&job, "  ", line, "\n");
+  const ParseResult again = Parse("again.yaml", job);
+  ASSERT_TRUE(again.ok()) << Errors(again);
+  EXPECT_TRUE(google::protobuf::util::MessageDifferencer::Equals(first.spec, again.spec));
+  EXPECT_THAT(ErrorsOf(absl::StrCat(job, "  adaptor: {}\n")), HasSubstr("adapter")) << "still checked, at its own line";
+  EXPECT_THAT(ErrorsOf(absl::StrCat("spec: {}\n", kMinimum)), HasSubstr("spec: is not a known key")) << "only a whole job has a spec";
 }
 
 TEST(Parse, EveryLeafOfTheMessageHasARule) {

@@ -336,6 +336,33 @@ void ReplaceConfig(const std::string& folder, const char* key, const json& value
   PutFile(folder, "config.json", config.dump());
 }
 
+TEST_F(ServicesTest, AHeadOfItsOwnIsUsedAlthoughTheConfigTiesIt) {
+  const auto with_head = [&](const std::string& name, bool same) {
+    const std::string folder = JoinPath(dir_, "root/" + name);
+    PutTinyModel(folder);
+    ReplaceConfig(folder, "tie_word_embeddings", true);
+    model::ModelConfig untied = ParsedTinyConfig();
+    untied.tie_word_embeddings = false;
+    std::string embedding;
+    PutWeights(folder, "model.safetensors", untied, [&](model::TensorInfo& info, std::string& raw) {
+      if (info.name == model::kEmbeddingName) embedding = raw;
+      if (info.name == model::kHeadName && same) raw = embedding;
+      return true;
+    });
+    v1::Model model;
+    const grpc::Status status = Register(name, folder, &model);
+    EXPECT_TRUE(status.ok()) << status.error_message();
+    return controller_->Run([&](JobStore& store) { return store.GetModel(name); }).value();
+  };
+  const v1::ModelRecord copy = with_head("copy", true);
+  EXPECT_TRUE(copy.model().tie_word_embeddings());
+  EXPECT_EQ(copy.tensors_size(), 2 * 9 + 2) << "a copy of the embedding is not served";
+  const v1::ModelRecord own = with_head("own", false);
+  EXPECT_FALSE(own.model().tie_word_embeddings());
+  EXPECT_EQ(own.tensors_size(), 2 * 9 + 3);
+  EXPECT_FALSE(model::ParseModelConfig(own.config(), "config.json")->tie_word_embeddings);
+}
+
 TEST_F(ServicesTest, BadModelsAreRefusedWithTheirCauseAndLeaveNothing) {
   const model::ModelConfig config = ParsedTinyConfig();
   const auto remove = [](const std::string& name) { return [name](const std::string& d) { std::filesystem::remove(JoinPath(d, name)); }; };
