@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from conftest import adapter_digest, encode, history, make_spec, merge, short_rows, wait_for, worst_difference, write_rows, Model
+from service import adapter_digest, encode, history, make_spec, merge, short_rows, wait_for, worst_difference, write_rows, Model
 
 
 def variant(tiny, folder, dtype=torch.float32, shard_size="5GB", **changes):
@@ -183,7 +183,7 @@ def test_a_job_as_get_prints_it_gives_the_same_adapter(cluster, tiny):
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
 def test_a_small_disk_refuses_what_is_too_big_and_goes_on(tmp_path, tiny):
     import subprocess
-    from conftest import Cluster
+    from service import Cluster
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True).returncode != 0:
@@ -206,7 +206,7 @@ def test_a_small_disk_refuses_what_is_too_big_and_goes_on(tmp_path, tiny):
 
 def test_ctrl_c_detaches_and_the_job_goes_on(cluster, tiny):
     import subprocess
-    from conftest import BIN
+    from service import BIN
     cluster.ppctl("models", "upload", "tiny", tiny.folder)
     spec = make_spec(tiny, write_rows(cluster.dir / "train.jsonl", short_rows(40)), training={"max_steps": 150})
     (cluster.dir / "job.yaml").write_text(json.dumps(spec))

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from conftest import *
+from service import *
 
 
 @pytest.fixture(scope="module", params=["tiny", "stories260k"])

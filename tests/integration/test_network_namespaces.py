@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from conftest import *
+from service import *
 
 NETWORK = "10.213.7"
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from conftest import *
+from service import *
 
 STEPS = 200
 LAYOUTS = [(1, "gpipe", 1), (1, "1f1b", 1), (1, "interleaved_1f1b", 2), (2, "gpipe", 1), (2, "1f1b", 1), (2, "interleaved_1f1b", 2), (4, "gpipe", 1), (4, "1f1b", 1)]

@@ -1,7 +1,7 @@
 """More jobs than devices, cancel in every state, identical requests."""
 import pytest
 
-from conftest import *
+from service import *
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from conftest import *
+from service import *
 
 KILLS = 20
 STEPS = 2400

@@ -1,0 +1,85 @@
+"""Replicas x stages x ZeRO, recomputation and narrow types through the service: the same curve in every layout."""
+import pytest
+
+from service import *
+
+STEPS = 12
+EFFECTIVE = 8  # micro-batches of all replicas per step
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, tiny):
+    running = Cluster(tmp_path_factory.mktemp("mesh") / "cluster", 4, [tiny.folder.parent])
+    try:
+        running.ppctl("models", "register", tiny.name, tiny.folder)
+        yield running
+    finally:
+        running.down()
+
+
+@pytest.fixture(scope="module")
+def plain(cluster, tiny):
+    """The spec of one rank, and its losses and events."""
+    adapter = start_adapter(tiny, cluster.dir / "adapter")
+    # Not a multiple of the batch: the epoch's last step leaves some replicas without rows.
+    spec = make_spec(tiny, write_rows(cluster.dir / "train.jsonl", short_rows(53)), adapter, training={"max_steps": STEPS, "gradient_accumulation_steps": EFFECTIVE, "warmup_steps": 2},
+                     parallel={"pipeline_parallel_size": 1}, output={"formats": ["adapter", "merged"]})
+    return spec, run(cluster, spec)[1]
+
+
+def run(cluster, spec):
+    job = cluster.submit(spec)
+    cluster.finish(job)
+    return job, losses_of(cluster.fetch(job))
+
+
+def laid_out(spec, dp, pp, zero, **changes):
+    return merge(spec, {"parallel": {"data_parallel_size": dp, "pipeline_parallel_size": pp, "zero_stage": zero}, "training": {"gradient_accumulation_steps": EFFECTIVE // dp}, **changes})
+
+
+@pytest.mark.parametrize("dp, pp, zero", [(2, 1, 0), (2, 2, 1), (4, 1, 2), (2, 2, 3)])
+def test_every_mesh_gives_the_same_curve(cluster, plain, dp, pp, zero):
+    spec, losses = plain
+    job, ours = run(cluster, laid_out(spec, dp, pp, zero))
+    assert worst_difference(ours, losses)[0] <= 1e-4
+    assignment = cluster.status(job)["assignment"]
+    assert sorted((int(a.get("replica", 0)), int(a.get("stage", 0))) for a in assignment) == [(replica, stage) for replica in range(dp) for stage in range(pp)]
+    assert (cluster.fetch(job, "merged") / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputation_changes_no_loss(cluster, plain, mode):
+    spec, losses = plain
+    assert run(cluster, merge(spec, {"parallel": {"activation_checkpointing": mode}}))[1] == losses
+
+
+def test_a_job_goes_on_in_its_mesh_after_a_kill(cluster, plain):
+    spec = laid_out(plain[0], 2, 2, 3, training={"max_steps": 300, "gradient_accumulation_steps": EFFECTIVE // 2})
+    _, undisturbed = run(cluster, spec)
+    job = cluster.submit(spec)
+    wait_for("a checkpoint", lambda: int(cluster.status(job).get("checkpoint_step", 0)) >= 10, every=0.02)
+    os.kill(cluster.trainers()[0], signal.SIGKILL)
+    cluster.finish(job)
+    assert losses_of(cluster.fetch(job)) == undisturbed
+    assert int(cluster.status(job)["restarts"]) >= 1
+
+
+def test_bf16_and_a_static_fp16_scale_follow_fp32(cluster, plain):
+    spec, losses = plain
+    for precision in ({"compute": "bf16"}, {"compute": "fp16", "loss_scale": 1024}):
+        job, ours = run(cluster, merge(spec, {"parallel": {"pipeline_parallel_size": 2}, "precision": precision}))
+        assert worst_difference(ours, losses)[0] <= 0.02
+        assert "slow on a CPU" in cluster.ppctl("logs", job).stdout
+
+
+def test_an_overflow_is_skipped_and_told(cluster, plain):
+    job, ours = run(cluster, merge(plain[0], {"parallel": {"pipeline_parallel_size": 2}, "training": {"max_steps": 30},
+                                              "precision": {"compute": "fp16", "loss_scale": "dynamic", "initial_scale_power": 32, "hysteresis": 1}}))
+    status = cluster.status(job)
+    skipped = int(status["skipped_steps"])
+    assert skipped >= 4 and float(status["loss_scale"]) == 2.0 ** (32 - skipped)
+    assert ours[-1] < ours[0]
+    events = cluster.ppctl("events", job).stdout
+    assert events.count("STEP_SKIPPED") == skipped
+    assert "the loss scale goes from" in events and "is not finite" in events
+    assert f'ppft_job_skipped_steps_total{{job="{job}"}} {skipped}' in cluster.metrics()
