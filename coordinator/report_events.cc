@@ -101,6 +101,11 @@ void JobController::OnStep(JobEntry& job, const v1::StepReport& report) {
   ApplyStep(status, report);
   job.status_changed = true;
   if (const absl::Status put = store_->PutMetric(id, report.row()); !put.ok()) return Broken(put);
+  for (const v1::SkippedStep& skipped : report.skipped()) {
+    v1::Event note = Note(job.record, MakeReason("STEP_SKIPPED", SkippedText(skipped)), "coordinator", options_.wall());
+    note.set_step(skipped.step());
+    Append(job, note);
+  }
   after_commit_.push_back([this, id, report, eta = status.eta()] {
     const v1::MetricRow& row = report.row();
     metrics_->SetJobStep(id, static_cast<double>(row.step()));

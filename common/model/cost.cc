@@ -48,8 +48,6 @@ int64_t AdapterParametersOfLayer(const ModelConfig& config, const LoraShape& lor
   return sum;
 }
 
-int64_t AdapterBytesOfLayer(const ModelConfig& config, const LoraShape& lora) { return 4 * 4 * AdapterParametersOfLayer(config, lora); }
-
 int64_t ActivationBytesOfLayer(const ModelConfig& config, const LoraShape& lora, int64_t tokens, int64_t compute_bytes) {
   const int64_t elements = 2 * config.hidden_size + (config.query_size() + 2 * config.key_value_size()) + config.query_size() + 2 * config.intermediate_size +
                            lora.r * static_cast<int64_t>(lora.target_modules.size());

@@ -1,20 +1,17 @@
 #include "common/spec/support.h"
 
-#include <vector>
-
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 
 namespace ppft::spec {
 namespace {
 
-enum class When { kIs, kAbove, kIsNot };
+enum class When { kIs, kIsNot };
 
 struct Refusal {
   const char* pattern;
   When when;
-  const char* value;  // kIs, kIsNot: words separated by blanks; kAbove: a number
+  const char* value;  // words separated by blanks
   const char* remedy;
 };
 
@@ -26,10 +23,6 @@ constexpr Refusal kRefusals[] = {
     {"data.chat_template", When::kIsNot, "none tokenizer_default", "use none or tokenizer_default"},
     {"data.roles_to_train", When::kIsNot, "assistant", "leave it out or use [assistant]"},
     {"training.optimizer", When::kIsNot, "adamw", "use adamw"},
-    {"precision.compute", When::kIs, "bf16 fp16", "use auto or fp32"},
-    {"parallel.data_parallel_size", When::kAbove, "1", "use auto or 1"},
-    {"parallel.zero_stage", When::kAbove, "1", "use 0 or 1"},
-    {"parallel.activation_checkpointing", When::kIsNot, "none", "use none"},
 };
 
 bool Among(absl::string_view value, const char* words) {
@@ -45,10 +38,6 @@ bool Applies(const Refusal& refusal, absl::string_view value) {
       return Among(value, refusal.value);
     case When::kIsNot:
       return !Among(value, refusal.value);
-    case When::kAbove: {
-      double number, limit;
-      return absl::SimpleAtod(value, &number) && absl::SimpleAtod(refusal.value, &limit) && number > limit;
-    }
   }
   return false;
 }

@@ -27,6 +27,12 @@ void ApplyStep(v1::JobStatus& status, const v1::StepReport& report) {
   status.set_tokens_per_second(row.tokens_per_second());
 }
 
+std::string SkippedText(const v1::SkippedStep& skipped) {
+  return absl::StrCat("step ", skipped.step(), " changed nothing: ", skipped.reason(), "; the loss scale ",
+                      skipped.next_loss_scale() == skipped.loss_scale() ? absl::StrCat("stays ", skipped.loss_scale())
+                                                                        : absl::StrCat("goes from ", skipped.loss_scale(), " to ", skipped.next_loss_scale()));
+}
+
 void ApplyEval(v1::JobStatus& status, const v1::EvalReport& report) {
   if (report.row().has_eval_loss()) {
     status.set_eval_loss(report.row().eval_loss());

@@ -135,6 +135,11 @@ model::LoraShape LoraOf(const v1::JobSpec& spec) {
   return {spec.adapter().r(), {spec.adapter().target_modules().begin(), spec.adapter().target_modules().end()}};
 }
 
+MemorySaving SavingOf(const v1::JobSpec& spec) {
+  const std::string& checkpointing = spec.parallel().activation_checkpointing();
+  return {spec.parallel().zero_stage(), DataParallelSize(spec), checkpointing.empty() ? "none" : checkpointing};
+}
+
 struct Costs {
   model::Flops layer;
   model::Flops head;
@@ -145,6 +150,11 @@ Costs CostsOf(const v1::JobSpec& spec, const model::ModelConfig& config, int64_t
   const int64_t targets = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(tokens) * supervised_ratio));
   Costs costs;
   costs.layer = model::LayerFlops(config, LoraOf(spec), tokens, SequenceLength(spec, config));
+  const std::string& checkpointing = spec.parallel().activation_checkpointing();
+  if (checkpointing == "full") costs.layer.backward += costs.layer.forward;
+  if (checkpointing == "selective") {
+    costs.layer.backward += 4.0 * static_cast<double>(tokens) * static_cast<double>(config.hidden_size) * static_cast<double>(config.intermediate_size);
+  }
   costs.head = model::HeadFlops(config, targets);
   // A copy of one row per token; counted as one operation per element.
   costs.embedding = static_cast<double>(tokens) * static_cast<double>(config.hidden_size);
@@ -163,6 +173,7 @@ absl::StatusOr<std::vector<int>> CutLayers(const v1::JobSpec& spec, const model:
 std::vector<v1::StagePlan> MakeStages(const v1::JobSpec& spec, const model::ModelConfig& config, const Costs& costs, const std::vector<int>& layers_per_stage,
                                       int64_t tokens, int64_t compute_bytes) {
   const model::LoraShape lora = LoraOf(spec);
+  const MemorySaving saving = SavingOf(spec);
   std::vector<v1::StagePlan> stages;
   int first_layer = 0;
   for (size_t s = 0; s < layers_per_stage.size(); ++s) {
@@ -175,9 +186,9 @@ std::vector<v1::StagePlan> MakeStages(const v1::JobSpec& spec, const model::Mode
     stage.set_has_head(s + 1 == layers_per_stage.size());
     stage.set_forward_cost(num_layers * costs.layer.forward + (stage.has_embedding() ? costs.embedding : 0) + (stage.has_head() ? costs.head.forward : 0));
     stage.set_backward_cost(num_layers * costs.layer.backward + (stage.has_head() ? costs.head.backward : 0));
-    stage.set_weight_bytes(StageWeightBytes(config, lora, stage, compute_bytes));
-    stage.set_adapter_bytes(num_layers * model::AdapterBytesOfLayer(config, lora));
-    stage.set_activation_bytes(StageActivationBytes(config, lora, stage, tokens, compute_bytes));
+    stage.set_weight_bytes(StageWeightBytes(config, lora, stage, compute_bytes, saving));
+    stage.set_adapter_bytes(StageAdapterBytes(config, lora, stage, saving));
+    stage.set_activation_bytes(StageActivationBytes(config, lora, stage, tokens, compute_bytes, saving));
     first_layer += num_layers;
     stages.push_back(std::move(stage));
   }
@@ -260,9 +271,11 @@ absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelCon
   }
   layout.imbalance = pipeline::Imbalance(rank_costs);
   PPFT_ASSIGN_OR_RETURN(layout.simulation, pipeline::Simulate(layout.programs, {num_stages, layout.num_microbatches}, options));
+  const model::LoraShape lora = LoraOf(spec);
+  const MemorySaving saving = SavingOf(spec);
   for (int rank = 0; rank < pipeline_size; ++rank) {
     layout.peak_bytes.push_back(
-        RankPeakBytes({config, layout.stages, layout.programs[rank], layout.simulation, rank, layout.microbatch_tokens, compute_bytes, kind}));
+        RankPeakBytes({config, layout.stages, layout.programs[rank], layout.simulation, rank, layout.microbatch_tokens, compute_bytes, kind, lora, saving}));
   }
   return layout;
 }

@@ -34,17 +34,32 @@ double PeakActivationBytes(const RankMemoryInput& input) {
 
 int64_t ComputeBytes(absl::string_view compute) { return compute == "fp32" ? 4 : 2; }
 
-int64_t StageWeightBytes(const model::ModelConfig& config, const model::LoraShape& lora, const v1::StagePlan& stage, int64_t compute_bytes) {
-  int64_t parameters = stage.num_layers() * (model::LayerParameters(config) + model::AdapterParametersOfLayer(config, lora));
+int64_t StageWeightBytes(const model::ModelConfig& config, const model::LoraShape& lora, const v1::StagePlan& stage, int64_t compute_bytes,
+                         const MemorySaving& saving) {
+  const int64_t layer = model::LayerParameters(config) + model::AdapterParametersOfLayer(config, lora);
+  int64_t parameters = stage.num_layers() * layer;
+  if (saving.zero_stage >= 3 && saving.replicas > 1) parameters = parameters / saving.replicas + 2 * layer;
   const bool shared = stage.has_embedding() && stage.has_head() && config.tie_word_embeddings;
   if (stage.has_embedding() && !shared) parameters += model::EmbeddingParameters(config);
   if (stage.has_head()) parameters += model::HeadParameters(config);
   return parameters * compute_bytes;
 }
 
-int64_t StageActivationBytes(const model::ModelConfig& config, const model::LoraShape& lora, const v1::StagePlan& stage, int64_t tokens,
-                             int64_t compute_bytes) {
-  const int64_t layers = stage.num_layers() * model::ActivationBytesOfLayer(config, lora, tokens, compute_bytes);
+int64_t StageAdapterBytes(const model::ModelConfig& config, const model::LoraShape& lora, const v1::StagePlan& stage, const MemorySaving& saving) {
+  const int64_t layer = 4 * model::AdapterParametersOfLayer(config, lora);
+  const int64_t whole = stage.num_layers() * layer;
+  const int64_t replicas = std::max(1, saving.replicas);
+  const int64_t moments = 2 * whole / (saving.zero_stage >= 1 ? replicas : 1);
+  const int64_t gradients = saving.zero_stage >= 2 && replicas > 1 ? whole / replicas + 2 * layer : whole;
+  return whole + gradients + moments;
+}
+
+int64_t StageActivationBytes(const model::ModelConfig& config, const model::LoraShape& lora, const v1::StagePlan& stage, int64_t tokens, int64_t compute_bytes,
+                             const MemorySaving& saving) {
+  int64_t layer = model::ActivationBytesOfLayer(config, lora, tokens, compute_bytes);
+  if (saving.activation_checkpointing == "selective") layer -= 2 * tokens * config.intermediate_size * compute_bytes;
+  if (saving.activation_checkpointing == "full") layer = model::HiddenBytes(config, tokens, compute_bytes);
+  const int64_t layers = stage.num_layers() * layer;
   // The head's pass leaves the gradient of its input.
   return layers + (stage.has_head() ? model::HiddenBytes(config, tokens, compute_bytes) : 0);
 }
@@ -58,7 +73,10 @@ int64_t RankPeakBytes(const RankMemoryInput& input) {
   for (size_t s = input.pipeline_rank; s < input.stages.size(); s += num_ranks) {
     const v1::StagePlan& stage = input.stages[s];
     bytes += stage.weight_bytes() + stage.adapter_bytes();
-    if (stage.num_layers() > 0) workspace = std::max(workspace, LayerWorkspace(input.config, input.tokens, input.compute_bytes));
+    // What is made again in backward, one layer at a time.
+    const int64_t again =
+        input.saving.activation_checkpointing == "none" ? 0 : model::ActivationBytesOfLayer(input.config, input.lora, input.tokens, input.compute_bytes);
+    if (stage.num_layers() > 0) workspace = std::max(workspace, again + LayerWorkspace(input.config, input.tokens, input.compute_bytes));
     if (stage.has_head()) workspace = std::max(workspace, 2 * 4 * input.config.vocab_size * std::min(input.tokens, cuda ? kCudaHeadRows : kCpuHeadRows));
     embedding |= stage.has_embedding();
     head |= stage.has_head();

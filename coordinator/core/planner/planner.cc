@@ -61,6 +61,12 @@ class Remedies {
     if (const int microbatch = LargestMicrobatch(request_.spec, size); microbatch > 0) found.push_back(MicrobatchText(microbatch));
     if (const int larger = SmallestPipeline(request_.spec); larger > 0) found.push_back(PipelineText(larger));
     if (gpipe && Fits(With1F1B(request_.spec), size)) found.push_back(kScheduleText);
+    if (request_.spec.parallel().activation_checkpointing() != "full" && Fits(WithCheckpointing(request_.spec), size)) {
+      found.push_back("parallel.activation_checkpointing: full");
+    }
+    if (layout_.data_parallel_size > 1 && request_.spec.parallel().zero_stage() < 3 && Fits(WithZero3(request_.spec), size)) {
+      found.push_back("parallel.zero_stage: 3");
+    }
     const int half = request_.spec.data().sequence_len() / 2;
     if (half >= 8 && Fits(WithSequence(half), size)) found.push_back(absl::StrCat("data.sequence_len: ", half));
     if (!found.empty()) return found;
@@ -84,6 +90,14 @@ class Remedies {
   }
   static v1::JobSpec With1F1B(v1::JobSpec spec) {
     spec.mutable_parallel()->set_schedule("1f1b");
+    return spec;
+  }
+  static v1::JobSpec WithCheckpointing(v1::JobSpec spec) {
+    spec.mutable_parallel()->set_activation_checkpointing("full");
+    return spec;
+  }
+  static v1::JobSpec WithZero3(v1::JobSpec spec) {
+    spec.mutable_parallel()->set_zero_stage(3);
     return spec;
   }
   static v1::JobSpec WithMicrobatch(v1::JobSpec spec, int size) {
@@ -137,8 +151,10 @@ std::string Explain(const Layout& layout, const std::vector<PlanDevice>& chosen,
                     absl::StrFormat(" (the head counts as %.1f layers; the costliest rank is %.2f x the mean)", layout.head_layers, layout.imbalance));
   }
   if (layout.data_parallel_size > 1) absl::StrAppend(&text, ", ", layout.data_parallel_size, " replicas");
+  const bool slow = layout.compute != "fp32" && !chosen.empty() && chosen[0].kind == "cpu";
   absl::StrAppend(&text, ", ", ToString(layout.schedule), " over ", layout.num_microbatches, " micro-batches of ", layout.microbatch_tokens, " tokens in ",
-                  layout.compute, absl::StrFormat(", predicted bubble %.1f %%", 100 * layout.simulation.bubble_ratio), "; a rank needs up to ",
+                  layout.compute, slow ? " (slow on CPUs: they have no fast products for it)" : "",
+                  absl::StrFormat(", predicted bubble %.1f %%", 100 * layout.simulation.bubble_ratio), "; a rank needs up to ",
                   FormatBytes(layout.largest_rank_bytes()));
   if (!chosen.empty()) {
     std::set<std::string> workers;

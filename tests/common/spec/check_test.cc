@@ -53,7 +53,7 @@ TEST(Check, FindsEachWrongField) {
       {"name", [](v1::JobSpec* s) { s->set_name(std::string(64, 'a')); }},
       {"labels", [](v1::JobSpec* s) { (*s->mutable_labels())[""] = "x"; }},
       {"limits.stall_timeout", [](v1::JobSpec* s) { s->mutable_limits()->mutable_stall_timeout()->set_seconds(-1); }},
-      {"precision.compute", [](v1::JobSpec* s) { s->mutable_precision()->set_compute("fp16"); }},
+      {"precision.compute", [](v1::JobSpec* s) { s->mutable_precision()->set_compute("fp8"); }},
       {"parallel.schedule", [](v1::JobSpec* s) { s->mutable_parallel()->set_schedule(""); }},
   };
   for (const Case& c : cases) {

@@ -434,5 +434,46 @@ TEST(CheckPlanTest, FindsEveryMutation) {
   EXPECT_FALSE(CheckPlan(plan(), 6).ok());
 }
 
+TEST(Memory, WhatReplicasShareAndWhatIsMadeAgainIsSubtracted) {
+  const auto plan = [](int zero, const std::string& checkpointing) {
+    v1::JobSpec spec = Spec();
+    spec.mutable_training()->set_micro_batch_size(8);
+    spec.mutable_data()->set_sequence_len(2048);
+    spec.mutable_parallel()->set_pipeline_parallel_size(2);
+    spec.mutable_parallel()->set_data_parallel_size(4);
+    spec.mutable_parallel()->set_zero_stage(zero);
+    spec.mutable_parallel()->set_activation_checkpointing(checkpointing);
+    return DraftPlan({spec, Llama1B(), 10, Workers({8}, "cpu", 0)})->plan;
+  };
+  const v1::Plan whole = plan(0, "none");
+  const int64_t adapter = whole.stages(0).adapter_bytes();  // masters, gradients and two moments of the same size
+  const int64_t layers = whole.stages(0).num_layers();
+  EXPECT_EQ(plan(1, "none").stages(0).adapter_bytes(), adapter / 4 * 2 + adapter / 2 / 4);
+  EXPECT_EQ(plan(2, "none").stages(0).adapter_bytes(), adapter / 4 + adapter / 4 / 4 + 2 * (adapter / 4 / layers) + adapter / 2 / 4);
+  EXPECT_EQ(plan(2, "none").stages(0).weight_bytes(), whole.stages(0).weight_bytes());
+  EXPECT_LT(plan(3, "none").stages(0).weight_bytes(), whole.stages(0).weight_bytes());
+  EXPECT_LT(plan(3, "none").ranks(0).peak_bytes(), whole.ranks(0).peak_bytes());
+  const int64_t none = whole.stages(0).activation_bytes();
+  const v1::Plan selective = plan(0, "selective");
+  EXPECT_LT(selective.stages(0).activation_bytes() / selective.stages(0).num_layers(), none / layers / 2);
+  const v1::Plan full = plan(0, "full");  // dearer layers: the head weighs less, and the cut may move
+  EXPECT_EQ(full.stages(0).activation_bytes(), full.stages(0).num_layers() * 8 * 2048 * 2048 * 4);
+  EXPECT_LT(full.ranks(0).peak_bytes(), whole.ranks(0).peak_bytes());
+  EXPECT_GT(full.stages(0).backward_cost() / full.stages(0).num_layers(), 1.4 * whole.stages(0).backward_cost() / layers);
+}
+
+TEST(Memory, ARemedyMayBeRecomputation) {
+  v1::JobSpec spec = Spec();
+  spec.mutable_training()->set_micro_batch_size(1);
+  spec.mutable_data()->set_sequence_len(2048);
+  spec.mutable_parallel()->set_pipeline_parallel_size(1);
+  spec.mutable_parallel()->set_data_parallel_size(2);
+  spec.mutable_parallel()->set_activation_checkpointing("none");
+  PlanRequest request{spec, Llama1B(), 10, Workers({2}, "cpu", 0)};
+  const int64_t needed = DraftPlan(request)->plan.ranks(0).peak_bytes();
+  request.devices = Workers({2}, "cpu", needed - needed / 10);
+  EXPECT_THAT(std::string(DraftPlan(request)->fit.message()), AllOf(HasSubstr("parallel.activation_checkpointing: full"), HasSubstr("parallel.zero_stage: 3")));
+}
+
 }  // namespace
 }  // namespace ppft::coordinator

@@ -97,34 +97,63 @@ std::vector<int64_t> Group::EvenBounds(int64_t count) const {
   return bounds;
 }
 
-absl::Status Group::ReduceScatter(absl::Span<float> values, const std::vector<int64_t>& bounds) {
-  if (size() == 1) return absl::OkStatus();
+absl::StatusOr<Group::Gathering> Group::BeginAllGather(Buffer own, char* whole) {
+  Gathering gathering;
+  const Tag tag = NextTag();
+  for (size_t i = 0; i < members_.size() && own.bytes > 0; ++i) {
+    if (static_cast<int>(i) == index_) continue;
+    PPFT_ASSIGN_OR_RETURN(const Ticket ticket,
+                          transport_->PostReceive(members_[i], Channel::kControl, tag, ViewOf(whole + static_cast<int64_t>(i) * own.bytes, own.bytes)));
+    gathering.tickets.push_back(ticket);
+  }
+  for (size_t i = 0; i < members_.size() && own.bytes > 0; ++i) {
+    if (static_cast<int>(i) != index_) PPFT_RETURN_IF_ERROR(transport_->Send(members_[i], Channel::kControl, tag, own));
+  }
+  return gathering;
+}
+
+absl::Status Group::End(const Gathering& gathering) {
+  for (const Ticket ticket : gathering.tickets) PPFT_RETURN_IF_ERROR(transport_->Wait(ticket));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Group::Summing> Group::BeginReduceScatter(absl::Span<const float> values, const std::vector<int64_t>& bounds) {
+  Summing summing;
   const Tag tag = NextTag();
   const auto me = static_cast<size_t>(index_);
   const int64_t mine = bounds[me + 1] - bounds[me];
-  std::vector<std::shared_ptr<std::vector<float>>> parts(members_.size());
-  std::vector<Ticket> tickets;
-  for (size_t i = 0; i < members_.size() && mine > 0; ++i) {
-    if (i == me) continue;
-    parts[i] = std::make_shared<std::vector<float>>(static_cast<size_t>(mine));
-    Buffer buffer = ViewOf(parts[i]->data(), mine);
-    buffer.owner = parts[i];
+  for (size_t i = 0; i < members_.size(); ++i) {
+    const float* const own = values.data() + bounds[me];
+    summing.parts.push_back(i == me ? std::make_shared<std::vector<float>>(own, own + mine) : std::make_shared<std::vector<float>>(static_cast<size_t>(mine)));
+    if (i == me || mine == 0) continue;
+    Buffer buffer = ViewOf(summing.parts[i]->data(), mine);
+    buffer.owner = summing.parts[i];
     PPFT_ASSIGN_OR_RETURN(const Ticket ticket, transport_->PostReceive(members_[i], Channel::kControl, tag, std::move(buffer)));
-    tickets.push_back(ticket);
+    summing.tickets.push_back(ticket);
   }
   for (size_t i = 0; i < members_.size(); ++i) {
     const int64_t count = bounds[i + 1] - bounds[i];
     if (i == me || count == 0) continue;
     PPFT_RETURN_IF_ERROR(transport_->Send(members_[i], Channel::kControl, tag, CopyOf(values.data() + bounds[i], count)));
   }
-  for (const Ticket ticket : tickets) PPFT_RETURN_IF_ERROR(transport_->Wait(ticket));
-  float* const own = values.data() + bounds[me];
-  for (int64_t k = 0; k < mine; ++k) {
-    float sum = me == 0 ? own[k] : (*parts[0])[static_cast<size_t>(k)];
-    for (size_t i = 1; i < members_.size(); ++i) sum += i == me ? own[k] : (*parts[i])[static_cast<size_t>(k)];
-    own[k] = sum;
+  return summing;
+}
+
+absl::Status Group::End(const Summing& summing, absl::Span<float> sum) {
+  for (const Ticket ticket : summing.tickets) PPFT_RETURN_IF_ERROR(transport_->Wait(ticket));
+  for (size_t k = 0; k < sum.size(); ++k) {
+    float total = (*summing.parts[0])[k];
+    for (size_t i = 1; i < summing.parts.size(); ++i) total += (*summing.parts[i])[k];
+    sum[k] = total;
   }
   return absl::OkStatus();
+}
+
+absl::Status Group::ReduceScatter(absl::Span<float> values, const std::vector<int64_t>& bounds) {
+  if (size() == 1) return absl::OkStatus();
+  PPFT_ASSIGN_OR_RETURN(const Summing summing, BeginReduceScatter(values, bounds));
+  const auto me = static_cast<size_t>(index_);
+  return End(summing, values.subspan(static_cast<size_t>(bounds[me]), static_cast<size_t>(bounds[me + 1] - bounds[me])));
 }
 
 absl::Status Group::AllGather(absl::Span<float> values, const std::vector<int64_t>& bounds) {

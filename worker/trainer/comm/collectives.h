@@ -29,6 +29,22 @@ class Group {
   // From member `root` (an index in the group) to all.
   absl::Status Broadcast(void* data, int64_t bytes, int root);
 
+  // The same with computation in between. What is begun is ended in that order; several may be under way.
+  struct Gathering {
+    std::vector<Ticket> tickets;
+  };
+  struct Summing {
+    std::vector<Ticket> tickets;
+    std::vector<std::shared_ptr<std::vector<float>>> parts;  // by member: its share of what this one owns
+  };
+  // Member i's `bytes` go to whole + i * bytes of all others. `own` must not change before it has left: its owner keeps it.
+  absl::StatusOr<Gathering> BeginAllGather(Buffer own, char* whole);
+  absl::Status End(const Gathering& gathering);
+  // `values` may change at once.
+  absl::StatusOr<Summing> BeginReduceScatter(absl::Span<const float> values, const std::vector<int64_t>& bounds);
+  // sum[k] = the k-th owned element, summed in the group's order.
+  absl::Status End(const Summing& summing, absl::Span<float> sum);
+
   // fp32 elements. Member i owns [bounds[i], bounds[i + 1]) of them.
   // After it, the owned part holds the sum over all members; the rest is unspecified.
   absl::Status ReduceScatter(absl::Span<float> values, const std::vector<int64_t>& bounds);

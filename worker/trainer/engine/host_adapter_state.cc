@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "absl/memory/memory.h"
@@ -16,6 +17,15 @@ int64_t SizeOf(const std::vector<ParameterSpan>& spans) {
   int64_t size = 0;
   for (const ParameterSpan& span : spans) size += span.size;
   return size;
+}
+
+// A stage's parameters in the order in which they lie in its flat buffers; their own order if it has none.
+std::vector<size_t> FlatOrder(StageModel& stage) {
+  const std::vector<FlatSpan> flat = stage.flat_parameters().spans;
+  std::vector<size_t> order(stage.parameters().size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  if (flat.size() == order.size()) std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return flat[a].offset < flat[b].offset; });
+  return order;
 }
 
 // Gradients move into the stages' shards: owned parts point there, the whole ones are gone.
@@ -45,13 +55,18 @@ absl::Status ShardGradients(const std::vector<StageModel*>& stages, const std::v
 absl::StatusOr<std::unique_ptr<AdapterState>> HostAdapterState::Create(const AdamWOptions& options, int zero_stage, std::vector<StageModel*> stages,
                                                                        Group* replicas, ReplicaExchange* exchange) {
   std::vector<ParameterSpan> spans;
+  std::vector<size_t> position;  // of each parameter among the spans
   for (StageModel* stage : stages) {
-    for (const Parameter& parameter : stage->parameters()) {
+    const size_t first = spans.size();
+    position.resize(first + stage->parameters().size());
+    for (const size_t index : FlatOrder(*stage)) {
+      const Parameter& parameter = stage->parameters()[index];
       for (const at::Tensor& tensor : {parameter.master, parameter.gradient}) {
         if (!tensor.is_contiguous() || tensor.scalar_type() != at::kFloat || !tensor.device().is_cpu()) {
           return absl::InvalidArgumentError(absl::StrCat(parameter.name, ": masters and gradients must be contiguous fp32 in host memory"));
         }
       }
+      position[first + index] = spans.size();
       spans.push_back({parameter.name, parameter.master.data_ptr<float>(), parameter.gradient.data_ptr<float>(), parameter.master.numel()});
     }
   }
@@ -67,16 +82,18 @@ absl::StatusOr<std::unique_ptr<AdapterState>> HostAdapterState::Create(const Ada
     offset += span.size;
   }
   if (sharded && zero_stage >= 2) PPFT_RETURN_IF_ERROR(ShardGradients(stages, bounds, exchange, &spans, &owned));
-  return absl::WrapUnique(new HostAdapterState(options, zero_stage, std::move(stages), std::move(spans), std::move(owned), std::move(bounds), replicas));
+  return absl::WrapUnique(
+      new HostAdapterState(options, zero_stage, std::move(stages), std::move(spans), std::move(owned), std::move(position), std::move(bounds), replicas));
 }
 
 HostAdapterState::HostAdapterState(const AdamWOptions& options, int zero_stage, std::vector<StageModel*> stages, std::vector<ParameterSpan> spans,
-                                   std::vector<ParameterSpan> owned, std::vector<int64_t> bounds, Group* replicas)
+                                   std::vector<ParameterSpan> owned, std::vector<size_t> position, std::vector<int64_t> bounds, Group* replicas)
     : AdapterState(std::move(stages)),
       sharded_(zero_stage > 0 && replicas->size() > 1),
       gradients_sharded_(sharded_ && zero_stage >= 2),
       spans_(std::move(spans)),
       owned_(std::move(owned)),
+      position_(std::move(position)),
       bounds_(std::move(bounds)),
       replicas_(replicas),
       size_(SizeOf(spans_)),
@@ -117,7 +134,7 @@ absl::StatusOr<std::vector<double>> HostAdapterState::Sums(const at::Tensor& los
   sums.reserve(spans_.size() + 1);
   sums.push_back(loss_total.defined() ? *loss_total.data_ptr<double>() : 0.0);
   const bool counts = sharded_ || replicas_->index() == 0;
-  for (const ParameterSpan& span : owned_) sums.push_back(counts && span.size > 0 ? SumOfSquares(span.gradient, span.size) : 0.0);
+  for (const size_t at : position_) sums.push_back(counts && owned_[at].size > 0 ? SumOfSquares(owned_[at].gradient, owned_[at].size) : 0.0);
   return sums;
 }
 
@@ -144,6 +161,7 @@ absl::StatusOr<std::vector<NamedTensor>> HostAdapterState::CheckpointTensors() {
     std::vector<float> whole(static_cast<size_t>(size_));
     std::copy(moments->begin(), moments->end(), whole.begin() + begin());
     if (sharded_) PPFT_RETURN_IF_ERROR(replicas_->AllGather(absl::MakeSpan(whole), bounds_));
+    whole = Reordered(whole, /*to_flat=*/false);
     const float* in = whole.data();
     for (const Parameter& parameter : parameters) {
       at::Tensor copy = at::empty(parameter.master.sizes(), at::kFloat);
@@ -155,15 +173,29 @@ absl::StatusOr<std::vector<NamedTensor>> HostAdapterState::CheckpointTensors() {
   return tensors;
 }
 
-void HostAdapterState::SetMoments(const std::vector<float>& exp_avg, const std::vector<float>& exp_avg_sq) {
-  std::copy_n(exp_avg.begin() + begin(), optimizer_.exp_avg().size(), optimizer_.exp_avg().begin());
-  std::copy_n(exp_avg_sq.begin() + begin(), optimizer_.exp_avg_sq().size(), optimizer_.exp_avg_sq().begin());
+std::vector<float> HostAdapterState::Reordered(const std::vector<float>& values, bool to_flat) const {
+  std::vector<int64_t> begin(spans_.size() + 1, 0);
+  for (size_t i = 0; i < spans_.size(); ++i) begin[i + 1] = begin[i] + spans_[i].size;
+  std::vector<float> out(values.size());
+  int64_t offset = 0;  // in the parameters' order
+  for (const size_t at : position_) {
+    const int64_t from = to_flat ? offset : begin[at], to = to_flat ? begin[at] : offset;
+    std::copy_n(values.begin() + from, spans_[at].size, out.begin() + to);
+    offset += spans_[at].size;
+  }
+  return out;
 }
 
-std::vector<float> HostAdapterState::CopyMasters() const { return Gathered(&ParameterSpan::master); }
+void HostAdapterState::SetMoments(const std::vector<float>& exp_avg, const std::vector<float>& exp_avg_sq) {
+  const std::vector<float> first = Reordered(exp_avg, /*to_flat=*/true), second = Reordered(exp_avg_sq, /*to_flat=*/true);
+  std::copy_n(first.begin() + begin(), optimizer_.exp_avg().size(), optimizer_.exp_avg().begin());
+  std::copy_n(second.begin() + begin(), optimizer_.exp_avg_sq().size(), optimizer_.exp_avg_sq().begin());
+}
+
+std::vector<float> HostAdapterState::CopyMasters() const { return Reordered(Gathered(&ParameterSpan::master), /*to_flat=*/false); }
 
 void HostAdapterState::SetMasters(const std::vector<float>& values) {
-  Scatter(values, &ParameterSpan::master);
+  Scatter(Reordered(values, /*to_flat=*/true), &ParameterSpan::master);
   MastersChanged();
 }
 

@@ -30,9 +30,11 @@ class HostAdapterState final : public AdapterState {
 
  private:
   HostAdapterState(const AdamWOptions& options, int zero_stage, std::vector<StageModel*> stages, std::vector<ParameterSpan> spans,
-                   std::vector<ParameterSpan> owned, std::vector<int64_t> bounds, Group* replicas);
+                   std::vector<ParameterSpan> owned, std::vector<size_t> position, std::vector<int64_t> bounds, Group* replicas);
 
   void SetMoments(const std::vector<float>& exp_avg, const std::vector<float>& exp_avg_sq) override;
+  // From the order of the parameters to that of the spans, or back.
+  std::vector<float> Reordered(const std::vector<float>& values, bool to_flat) const;
   // The spans' values in one buffer and back.
   std::vector<float> Gathered(float* ParameterSpan::*where) const;
   void Scatter(const std::vector<float>& values, float* ParameterSpan::*where);
@@ -42,8 +44,10 @@ class HostAdapterState final : public AdapterState {
 
   const bool sharded_;
   const bool gradients_sharded_;
+  // In the order of the stages' flat buffers, so that what a stage shares out is what this rank updates.
   const std::vector<ParameterSpan> spans_;  // gradient null when the gradients are shared out
   const std::vector<ParameterSpan> owned_;  // by parameter: the part of it that this rank updates
+  const std::vector<size_t> position_;      // of each parameter (by stage, in its order) among the spans
   const std::vector<int64_t> bounds_;       // [replicas + 1]: who updates what
   Group* const replicas_;
   int64_t size_ = 0;

@@ -23,10 +23,10 @@ LayerActivations LayerActivations::Rows(int64_t tokens) const {
   return rows;
 }
 
-ActivationPool::ActivationPool(int num_layers, const LayerSizes& sizes, const at::TensorOptions& compute, at::ScalarType acc)
-    : num_layers_(num_layers), sizes_(sizes), compute_(compute), acc_(acc) {}
+ActivationPool::ActivationPool(int num_layers, const LayerSizes& sizes, Checkpointing checkpointing, const at::TensorOptions& compute, at::ScalarType acc)
+    : num_layers_(num_layers), sizes_(sizes), checkpointing_(checkpointing), compute_(compute), acc_(acc) {}
 
-std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, int64_t tokens) const {
+std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing) const {
   auto set = std::make_unique<MicrobatchActivations>();
   set->capacity = tokens;
   const auto rows = [&](int64_t columns) {
@@ -41,6 +41,10 @@ std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, i
   for (size_t i = 0; i < layers; ++i) {
     LayerActivations a;
     a.hidden = rows(sizes_.hidden);
+    if (checkpointing == Checkpointing::kFull) {
+      set->layers.push_back(std::move(a));
+      continue;
+    }
     a.hidden_rstd = acc({tokens});
     a.qkv = rows(sizes_.qkv);
     a.qkv_lora = rows(sizes_.qkv_lora);
@@ -48,7 +52,7 @@ std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, i
     a.lse = acc({sizes_.q_heads, tokens});
     a.middle = rows(sizes_.hidden);
     a.middle_rstd = acc({tokens});
-    a.gate_up = rows(sizes_.gate_up);
+    if (checkpointing == Checkpointing::kNone) a.gate_up = rows(sizes_.gate_up);
     a.gate_up_lora = rows(sizes_.gate_up_lora);
     a.down_lora = rows(sizes_.down_lora);
     set->layers.push_back(std::move(a));
@@ -67,7 +71,7 @@ MicrobatchActivations& ActivationPool::Keep(int microbatch, int64_t tokens) {
     free_.erase(fit);
   } else {
     if (!free_.empty()) free_.pop_back();
-    set = Allocate(num_layers_, tokens);
+    set = Allocate(num_layers_, tokens, checkpointing_);
   }
   return *(kept_[microbatch] = std::move(set));
 }
@@ -75,9 +79,21 @@ MicrobatchActivations& ActivationPool::Keep(int microbatch, int64_t tokens) {
 MicrobatchActivations& ActivationPool::Transient(int64_t tokens) {
   if (transient_ == nullptr || transient_->capacity < tokens) {
     transient_.reset();
-    transient_ = Allocate(1, tokens);
+    transient_ = Allocate(1, tokens, Checkpointing::kNone);
   }
   return *transient_;
+}
+
+LayerActivations ActivationPool::Rows(const MicrobatchActivations& set, size_t layer, int64_t tokens) {
+  LayerActivations rows = set.layers[std::min(layer, set.layers.size() - 1)];
+  if (!rows.qkv.defined()) {
+    const at::Tensor hidden = rows.hidden;
+    rows = Transient(tokens).layers[0];
+    rows.hidden = hidden;
+  } else if (!rows.gate_up.defined()) {
+    rows.gate_up = Transient(tokens).layers[0].gate_up;
+  }
+  return rows.Rows(tokens);
 }
 
 MicrobatchActivations* ActivationPool::FindKept(int microbatch) {
@@ -95,6 +111,12 @@ void ActivationPool::Release(int microbatch) {
 int64_t ActivationPool::kept_bytes() const {
   int64_t bytes = 0;
   for (const auto& [microbatch, set] : kept_) bytes += set->bytes;
+  return bytes;
+}
+
+int64_t ActivationPool::held_bytes() const {
+  int64_t bytes = kept_bytes() + (transient_ == nullptr ? 0 : transient_->bytes);
+  for (const auto& set : free_) bytes += set->bytes;
   return bytes;
 }
 

@@ -9,6 +9,8 @@
 #include <memory>
 #include <vector>
 
+#include "worker/trainer/model/stage_model.h"
+
 namespace ppft::trainer {
 
 // Columns of one layer's saved tensors.
@@ -21,7 +23,7 @@ struct LayerSizes {
   int64_t qkv_lora = 0, gate_up_lora = 0, down_lora = 0;
 };
 
-// Saved by one layer's forward pass, T rows each.
+// Saved by one layer's forward pass, T rows each. In a kept set those that the checkpointing makes again are undefined.
 struct LayerActivations {
   at::Tensor hidden;        // [T, hidden] residual stream at the layer's entry
   at::Tensor hidden_rstd;   // [T] acc
@@ -50,21 +52,25 @@ struct MicrobatchActivations {
 
 class ActivationPool {
  public:
-  ActivationPool(int num_layers, const LayerSizes& sizes, const at::TensorOptions& compute, at::ScalarType acc);
+  ActivationPool(int num_layers, const LayerSizes& sizes, Checkpointing checkpointing, const at::TensorOptions& compute, at::ScalarType acc);
 
-  // A free set of buffers for that micro-batch; FindKept gives it until Release. Overwrites one that is already kept.
+  // A free set of buffers for that micro-batch, with what is kept; FindKept gives it until Release. Overwrites one that is already kept.
   MicrobatchActivations& Keep(int microbatch, int64_t tokens);
-  // One layer's buffers for all layers in turn: a forward pass without a backward.
+  // One layer's buffers for all layers in turn: a forward pass without a backward, and what backward makes again.
   MicrobatchActivations& Transient(int64_t tokens);
+  // A layer's buffers in a set, those that are not kept taken from Transient.
+  LayerActivations Rows(const MicrobatchActivations& set, size_t layer, int64_t tokens);
   MicrobatchActivations* FindKept(int microbatch);
   void Release(int microbatch);
   int64_t kept_bytes() const;
+  int64_t held_bytes() const;  // of all sets, in use or not
 
  private:
-  std::unique_ptr<MicrobatchActivations> Allocate(size_t layers, int64_t tokens) const;
+  std::unique_ptr<MicrobatchActivations> Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing) const;
 
   const size_t num_layers_;
   const LayerSizes sizes_;
+  const Checkpointing checkpointing_;
   const at::TensorOptions compute_;
   const at::ScalarType acc_;
   std::map<int, std::unique_ptr<MicrobatchActivations>> kept_;

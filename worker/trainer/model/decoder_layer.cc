@@ -44,10 +44,10 @@ DecoderLayer::DecoderLayer(const model::ModelConfig& config, const StageOptions&
       layer_(layer),
       heads_{config.num_attention_heads, config.num_key_value_heads, config.head_dim},
       kernels_(kernels),
-      qkv_(config.hidden_size, lora_.r, lora_.scale, StackOf(config, lora_, layer, {0, 1, 2}), compute, kernels),
-      o_(config.query_size(), lora_.r, lora_.scale, StackOf(config, lora_, layer, {3}), compute, kernels),
-      gate_up_(config.hidden_size, lora_.r, lora_.scale, StackOf(config, lora_, layer, {4, 5}), compute, kernels),
-      down_(config.intermediate_size, lora_.r, lora_.scale, StackOf(config, lora_, layer, {6}), compute, kernels),
+      qkv_(config.hidden_size, lora_.r, lora_.scale, StackOf(config, lora_, layer, {0, 1, 2}), compute, options.weights == WeightHome::kResident, kernels),
+      o_(config.query_size(), lora_.r, lora_.scale, StackOf(config, lora_, layer, {3}), compute, options.weights == WeightHome::kResident, kernels),
+      gate_up_(config.hidden_size, lora_.r, lora_.scale, StackOf(config, lora_, layer, {4, 5}), compute, options.weights == WeightHome::kResident, kernels),
+      down_(config.intermediate_size, lora_.r, lora_.scale, StackOf(config, lora_, layer, {6}), compute, options.weights == WeightHome::kResident, kernels),
       input_norm_(at::empty({config.hidden_size}, compute)),
       middle_norm_(at::empty({config.hidden_size}, compute)) {}
 
@@ -55,17 +55,27 @@ std::vector<DecoderLayer::BaseTensor> DecoderLayer::base_tensors() {
   std::vector<BaseTensor> tensors;
   for (LoraLinear* linear : linears()) {
     for (size_t m = 0; m < linear->modules().size(); ++m) {
-      tensors.push_back({absl::StrCat(linear->modules()[m].name, ".weight"), linear, m, linear->base_weight(m)});
+      tensors.push_back({absl::StrCat(linear->modules()[m].name, ".weight"), linear, m, {linear->modules()[m].out, linear->in()}, linear->base_weight(m)});
     }
   }
-  tensors.push_back({absl::StrCat("model.layers.", layer_, ".input_layernorm.weight"), nullptr, 0, input_norm_});
-  tensors.push_back({absl::StrCat("model.layers.", layer_, ".post_attention_layernorm.weight"), nullptr, 0, middle_norm_});
+  tensors.push_back({absl::StrCat("model.layers.", layer_, ".input_layernorm.weight"), nullptr, 0, input_norm_.sizes().vec(), input_norm_});
+  tensors.push_back({absl::StrCat("model.layers.", layer_, ".post_attention_layernorm.weight"), nullptr, 0, middle_norm_.sizes().vec(), middle_norm_});
   return tensors;
 }
 
 absl::Status DecoderLayer::Load(const TensorSource& source) {
   for (const BaseTensor& tensor : base_tensors()) PPFT_RETURN_IF_ERROR(LoadBaseTensor(source, tensor.name, tensor.weight));
   return absl::OkStatus();
+}
+
+int64_t DecoderLayer::weight_size() const { return qkv_.weight_size() + o_.weight_size() + gate_up_.weight_size() + down_.weight_size(); }
+
+void DecoderLayer::Place(const at::Tensor& weights) {
+  int64_t offset = 0;
+  for (LoraLinear* linear : linears()) {
+    linear->Place(weights.narrow(0, offset, linear->weight_size()));
+    offset += linear->weight_size();
+  }
 }
 
 LayerSizes DecoderLayer::sizes() const {
@@ -99,33 +109,56 @@ at::Tensor DecoderLayer::DroppedBuffer(const LayerPass& pass, const std::vector<
   return dropout.empty() ? at::Tensor() : pass.scratch.Get(Scratch::kDropped, rows, columns);
 }
 
+void DecoderLayer::Apply(const LayerPass& pass, LoraLinear& layer, const at::Tensor& x, const at::Tensor& y) {
+  const std::vector<DropoutSequence> dropout = DropoutOf(pass, layer);
+  layer.Forward(x, y, dropout, DroppedBuffer(pass, dropout, x.size(0), layer.in()));
+}
+
 at::Tensor DecoderLayer::Forward(const LayerPass& pass, const at::Tensor& base, const at::Tensor& delta, const LayerActivations& saved) {
+  const at::Tensor x3 = ForwardToDown(pass, base, delta, saved);
+  const at::Tensor block_out = pass.scratch.Get(Scratch::kBlockOut, x3.size(0), config_.hidden_size);
+  Apply(pass, down_, x3, block_out);
+  saved.down_lora.copy_(x3.narrow(1, config_.intermediate_size, down_.lora_columns()));
+  return block_out;
+}
+
+at::Tensor DecoderLayer::ForwardToDown(const LayerPass& pass, const at::Tensor& base, const at::Tensor& delta, const LayerActivations& saved) {
   const int64_t tokens = base.size(0);
   const int64_t hidden = config_.hidden_size;
-  const int64_t ffn = config_.intermediate_size;
-  const auto linear = [&](LoraLinear& layer, const at::Tensor& x, const at::Tensor& y) {
-    const std::vector<DropoutSequence> dropout = DropoutOf(pass, layer);
-    layer.Forward(x, y, dropout, DroppedBuffer(pass, dropout, tokens, layer.in()));
-  };
-
   const at::Tensor x1 = pass.scratch.Get(Scratch::kNormed, tokens, hidden + qkv_.lora_columns());
   kernels_.AddRmsNorm(base, delta, input_norm_, config_.rms_norm_eps, saved.hidden, x1.narrow(1, 0, hidden), saved.hidden_rstd);
-  linear(qkv_, x1, saved.qkv);
+  Apply(pass, qkv_, x1, saved.qkv);
   saved.qkv_lora.copy_(x1.narrow(1, hidden, qkv_.lora_columns()));
   kernels_.Rope(saved.qkv, heads_, pass.rope.cos(), pass.rope.sin(), pass.position, /*inverse=*/false);
   kernels_.Attention(saved.qkv, heads_, pass.input.cu_seqlens, saved.attention.narrow(1, 0, heads_.q_size()), saved.lse);
   const at::Tensor block_out = pass.scratch.Get(Scratch::kBlockOut, tokens, hidden);
-  linear(o_, saved.attention, block_out);
+  Apply(pass, o_, saved.attention, block_out);
 
   const at::Tensor x2 = pass.scratch.Get(Scratch::kNormed, tokens, hidden + gate_up_.lora_columns());
   kernels_.AddRmsNorm(saved.hidden, block_out, middle_norm_, config_.rms_norm_eps, saved.middle, x2.narrow(1, 0, hidden), saved.middle_rstd);
-  linear(gate_up_, x2, saved.gate_up);
-  saved.gate_up_lora.copy_(x2.narrow(1, hidden, gate_up_.lora_columns()));
-  const at::Tensor x3 = pass.scratch.Get(Scratch::kGated, tokens, ffn + down_.lora_columns());
-  kernels_.SwiGlu(saved.gate_up, x3.narrow(1, 0, ffn));
-  linear(down_, x3, block_out);
-  saved.down_lora.copy_(x3.narrow(1, ffn, down_.lora_columns()));
-  return block_out;
+  return Gate(pass, x2, saved);
+}
+
+at::Tensor DecoderLayer::Gate(const LayerPass& pass, const at::Tensor& x, const LayerActivations& saved) {
+  Apply(pass, gate_up_, x, saved.gate_up);
+  saved.gate_up_lora.copy_(x.narrow(1, config_.hidden_size, gate_up_.lora_columns()));
+  const at::Tensor gated = pass.scratch.Get(Scratch::kGated, x.size(0), config_.intermediate_size + down_.lora_columns());
+  kernels_.SwiGlu(saved.gate_up, gated.narrow(1, 0, config_.intermediate_size));
+  return gated;
+}
+
+void DecoderLayer::Recompute(const LayerPass& pass, const LayerActivations& saved) {
+  const at::Tensor x3 = ForwardToDown(pass, saved.hidden, at::Tensor(), saved);
+  const std::vector<DropoutSequence> dropout = DropoutOf(pass, down_);
+  down_.FillColumns(x3, dropout, DroppedBuffer(pass, dropout, x3.size(0), down_.in()));
+  saved.down_lora.copy_(x3.narrow(1, config_.intermediate_size, down_.lora_columns()));
+}
+
+void DecoderLayer::RecomputeGateUp(const LayerPass& pass, const LayerActivations& saved) {
+  const int64_t hidden = config_.hidden_size;
+  const at::Tensor x2 = pass.scratch.Get(Scratch::kNormed, saved.middle.size(0), hidden + gate_up_.lora_columns());
+  kernels_.ApplyRmsNorm(saved.middle, saved.middle_rstd, middle_norm_, x2.narrow(1, 0, hidden));
+  Apply(pass, gate_up_, x2, saved.gate_up);
 }
 
 void DecoderLayer::Backward(const LayerPass& pass, const LayerActivations& saved, const at::Tensor& dhidden, bool input_gradient) {

@@ -31,12 +31,19 @@ class DecoderLayer {
  public:
   DecoderLayer(const model::ModelConfig& config, const StageOptions& options, int64_t layer, const at::TensorOptions& compute, Kernels& kernels);
 
-  // Copies the nine tensors of the layer from the base model.
+  // Copies the nine tensors of the layer from the base model. Without matrices of its own (weights other than kResident) they have to be placed before.
   absl::Status Load(const TensorSource& source);
+  // Elements of the layer's matrices with their adapters' columns.
+  int64_t weight_size() const;
+  // Uses `weights` ([weight_size()], contiguous) as the matrices from now on and writes the adapters' columns into them.
+  void Place(const at::Tensor& weights);
   LayerSizes sizes() const;
 
   // saved: T rows. delta may be undefined. Returns the layer's contribution to its residual stream saved.middle: [T, hidden] scratch kBlockOut.
   at::Tensor Forward(const LayerPass& pass, const at::Tensor& base, const at::Tensor& delta, const LayerActivations& saved);
+  // What Forward put into `saved`, again and to the bit: everything (from saved.hidden), or gate_up alone (from saved.middle).
+  void Recompute(const LayerPass& pass, const LayerActivations& saved);
+  void RecomputeGateUp(const LayerPass& pass, const LayerActivations& saved);
   // dhidden: [T, hidden], gradient of the layer's output; becomes the gradient of its input (unspecified unless input_gradient).
   void Backward(const LayerPass& pass, const LayerActivations& saved, const at::Tensor& dhidden, bool input_gradient);
 
@@ -47,11 +54,16 @@ class DecoderLayer {
     std::string name;
     LoraLinear* linear = nullptr;  // nullptr: a norm
     size_t module = 0;
-    at::Tensor weight;  // compute dtype, a view
+    std::vector<int64_t> shape;
+    at::Tensor weight;  // compute dtype, a view; undefined for a matrix that is not placed
   };
   std::vector<BaseTensor> base_tensors();
 
  private:
+  // Up to the input of the last linear, with its columns: rows [T, intermediate + R] of scratch kGated.
+  at::Tensor ForwardToDown(const LayerPass& pass, const at::Tensor& base, const at::Tensor& delta, const LayerActivations& saved);
+  at::Tensor Gate(const LayerPass& pass, const at::Tensor& x, const LayerActivations& saved);
+  void Apply(const LayerPass& pass, LoraLinear& layer, const at::Tensor& x, const at::Tensor& y);
   std::vector<DropoutSequence> DropoutOf(const LayerPass& pass, const LoraLinear& linear) const;
   at::Tensor DroppedBuffer(const LayerPass& pass, const std::vector<DropoutSequence>& dropout, int64_t rows, int64_t columns) const;
 

@@ -7,7 +7,9 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -21,6 +23,7 @@
 #include "worker/trainer/model/decoder_layer.h"
 #include "worker/trainer/model/loss_head.h"
 #include "worker/trainer/model/rope.h"
+#include "worker/trainer/model/sharded_weights.h"
 #include "worker/trainer/model/stage_model.h"
 #include "worker/trainer/torch/torch_status.h"
 
@@ -49,20 +52,29 @@ class LlamaStage final : public StageModel {
       : config_(config),
         options_(options),
         source_(source),
-        compute_(at::TensorOptions().dtype(options.compute)),
+        compute_(at::TensorOptions().dtype(options.compute).device(options.device)),
         acc_(options.compute == at::kDouble ? at::kDouble : at::kFloat),
-        kernels_(CpuKernels()),
+        kernels_(options.kernels != nullptr ? *options.kernels : CpuKernels()),
         rope_(config, compute_.dtype(acc_)),
         scratch_(compute_) {}
 
   absl::Status Load();
+  absl::Status Idle(bool backward) override;
+  void Attach(ReplicaExchange* replicas) override {
+    if (sharded_ != nullptr) sharded_->Attach(replicas);
+  }
+  absl::Status ShardGradients(ReplicaExchange* replicas, const std::vector<int64_t>& bounds) override;
+  at::Tensor gradient_shard() override { return gradient_shard_; }
+  HeldBytes held_bytes() const override;
   absl::StatusOr<at::Tensor> Forward(const MicrobatchInput& input, const at::Tensor& hidden_in, bool keep_for_backward, double* loss_sum) override;
   absl::StatusOr<at::Tensor> Backward(const MicrobatchInput& input, const at::Tensor& grad_out) override;
   absl::StatusOr<at::Tensor> Logits(const MicrobatchInput& input, const at::Tensor& hidden_in, const std::vector<int64_t>& rows) override;
 
   std::vector<Parameter>& parameters() override { return parameters_; }
   void AdapterChanged() override;
-  void ZeroGradients() override { gradients_.zero_(); }
+  void ZeroGradients() override { (gradient_shard_.defined() ? gradient_shard_ : gradients_).zero_(); }
+  FlatParameters flat_parameters() override;
+  at::Tensor loss_total() override { return loss_total_; }
   absl::Status ForEachMerged(at::ScalarType dtype, const std::function<absl::Status(const std::string& name, const at::Tensor& tensor)>& visit) override;
   std::vector<model::ExpectedTensor> merged_tensors() const override;
   int64_t activation_bytes() const override { return pool_->kept_bytes(); }
@@ -75,8 +87,17 @@ class LlamaStage final : public StageModel {
 
   std::string Where() const { return absl::StrCat("stage ", options_.stage); }
   void InitializeAdapters();
+  void BindAdapters();
+  absl::Status LoadMatrices();
+  // Before layer i computes; `next` (or -1) computes after it.
+  absl::Status UseLayer(size_t i, int next);
+  // Around layer i's backward pass. EndSum closes the last one of a micro-batch.
+  void BeginGradients(size_t i);
+  absl::Status SumGradients(size_t i);
+  absl::Status EndSum();
+  at::Tensor OnDevice(const at::Tensor& host) const;
   absl::Status CheckInput(const MicrobatchInput& input, const at::Tensor& hidden_in) const;
-  Residual RunLayers(const MicrobatchInput& input, const at::Tensor& hidden_in, MicrobatchActivations& saved);
+  absl::StatusOr<Residual> RunLayers(const MicrobatchInput& input, const at::Tensor& hidden_in, MicrobatchActivations& saved);
   LayerPass PassOf(const MicrobatchInput& input, const MicrobatchActivations& saved) { return {input, rope_, saved.position, scratch_}; }
 
   // Constant after Load.
@@ -90,8 +111,19 @@ class LlamaStage final : public StageModel {
   std::vector<std::unique_ptr<DecoderLayer>> layers_;
   std::optional<LossHead> head_;
 
-  at::Tensor masters_;    // [parameters] acc
-  at::Tensor gradients_;  // [parameters] acc
+  std::unique_ptr<ShardedWeights> sharded_;  // WeightHome::kSharded
+  at::Tensor streamed_;                      // kStreamed: one layer's matrices
+
+  at::Tensor masters_;                 // [parameters] acc
+  at::Tensor gradients_;               // [parameters] acc; undefined when they are shared out
+  std::vector<int64_t> layer_offset_;  // [layers + 1]: where a layer's parameters begin
+  // Shared out: the gradients of two layers in turn, and this replica's part of the sums.
+  ReplicaExchange* replicas_ = nullptr;
+  std::vector<int64_t> bounds_;
+  std::array<at::Tensor, 2> layer_gradients_;
+  at::Tensor gradient_shard_;
+  bool summing_ = false;
+  at::Tensor loss_total_;  // [1] fp64; last stage
   std::vector<Parameter> parameters_;
   RopeTable rope_;
   Scratch scratch_;
@@ -99,29 +131,17 @@ class LlamaStage final : public StageModel {
 };
 
 absl::Status LlamaStage::Load() {
-  int64_t count = 0;
+  layer_offset_ = {0};
   for (int i = 0; i < options_.num_layers; ++i) {
     layers_.push_back(std::make_unique<DecoderLayer>(config_, options_, options_.first_layer + i, compute_, kernels_));
-    PPFT_RETURN_IF_ERROR(layers_.back()->Load(source_));
+    int64_t count = layer_offset_.back();
     for (LoraLinear* linear : layers_.back()->linears()) count += linear->parameter_count();
+    layer_offset_.push_back(count);
   }
-  masters_ = at::zeros({count}, compute_.dtype(acc_));
-  gradients_ = at::zeros({count}, compute_.dtype(acc_));
-  int64_t offset = 0;
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    for (LoraLinear* linear : layers_[i]->linears()) {
-      const int64_t size = linear->parameter_count();
-      linear->Bind(masters_.narrow(0, offset, size), gradients_.narrow(0, offset, size));
-      offset += size;
-      for (const LoraModule& m : linear->modules()) {
-        if (!m.adapted) continue;
-        const std::string& name = model::TargetModules()[m.index];
-        const int64_t layer = options_.first_layer + static_cast<int64_t>(i);
-        parameters_.push_back({model::PeftKey(layer, name, "lora_A"), m.a, m.a_gradient});
-        parameters_.push_back({model::PeftKey(layer, name, "lora_B"), m.b, m.b_gradient});
-      }
-    }
-  }
+  masters_ = at::zeros({layer_offset_.back()}, compute_.dtype(acc_));
+  gradients_ = at::zeros({layer_offset_.back()}, compute_.dtype(acc_));
+  BindAdapters();
+  PPFT_RETURN_IF_ERROR(LoadMatrices());
   InitializeAdapters();
   AdapterChanged();
 
@@ -138,9 +158,133 @@ absl::Status LlamaStage::Load() {
       PPFT_RETURN_IF_ERROR(LoadBaseTensor(source_, model::kHeadName, weight));
     }
     head_.emplace(norm, weight, config_.rms_norm_eps, options_.head_chunk_rows, kernels_);
+    loss_total_ = at::zeros({1}, compute_.dtype(at::kDouble));
   }
-  pool_ = std::make_unique<ActivationPool>(options_.num_layers, layers_[0]->sizes(), compute_, acc_);
+  pool_ = std::make_unique<ActivationPool>(options_.num_layers, layers_[0]->sizes(), options_.checkpointing, compute_, acc_);
   return absl::OkStatus();
+}
+
+void LlamaStage::BindAdapters() {
+  parameters_.clear();
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    int64_t offset = layer_offset_[i];
+    for (LoraLinear* linear : layers_[i]->linears()) {
+      const int64_t size = linear->parameter_count();
+      const at::Tensor gradient =
+          gradients_.defined() ? gradients_.narrow(0, offset, size) : layer_gradients_[i % 2].narrow(0, offset - layer_offset_[i], size);
+      linear->Bind(masters_.narrow(0, offset, size), gradient);
+      offset += size;
+      for (const LoraModule& m : linear->modules()) {
+        if (!m.adapted) continue;
+        const std::string& name = model::TargetModules()[m.index];
+        const int64_t layer = options_.first_layer + static_cast<int64_t>(i);
+        parameters_.push_back({model::PeftKey(layer, name, "lora_A"), m.a, gradients_.defined() ? m.a_gradient : at::Tensor()});
+        parameters_.push_back({model::PeftKey(layer, name, "lora_B"), m.b, gradients_.defined() ? m.b_gradient : at::Tensor()});
+      }
+    }
+  }
+}
+
+absl::Status LlamaStage::LoadMatrices() {
+  const int64_t layer_size = layers_[0]->weight_size();
+  if (options_.weights == WeightHome::kSharded) {
+    sharded_ = std::make_unique<ShardedWeights>(layers_.size(), layer_size, options_.num_replicas, options_.replica, compute_);
+  } else if (options_.weights == WeightHome::kStreamed) {
+    streamed_ = at::zeros({layer_size}, compute_);
+  }
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (sharded_ != nullptr) layers_[i]->Place(sharded_->Buffer());
+    if (streamed_.defined()) layers_[i]->Place(streamed_);
+    PPFT_RETURN_IF_ERROR(layers_[i]->Load(source_));
+    if (sharded_ != nullptr) sharded_->Keep(i);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status LlamaStage::UseLayer(size_t i, int next) {
+  if (sharded_ != nullptr) {
+    PPFT_ASSIGN_OR_RETURN(const at::Tensor weights, sharded_->Use(static_cast<int>(i), next));
+    layers_[i]->Place(weights);
+  } else if (streamed_.defined()) {
+    layers_[i]->Place(streamed_);
+    return layers_[i]->Load(source_);
+  }
+  return absl::OkStatus();
+}
+
+// The same gatherings and sums as for a micro-batch with tokens, without the computation.
+absl::Status LlamaStage::Idle(bool backward) {
+  return CatchTorch(Where(), [&]() -> absl::Status {
+    const c10::InferenceMode guard;
+    const int count = static_cast<int>(layers_.size());
+    for (int n = 0; n < count; ++n) {
+      const int i = backward ? count - 1 - n : n;
+      const int next = n + 1 == count ? -1 : backward ? i - 1 : i + 1;
+      if (sharded_ != nullptr) PPFT_RETURN_IF_ERROR(sharded_->Use(i, next).status());
+      if (!backward) continue;
+      BeginGradients(static_cast<size_t>(i));
+      PPFT_RETURN_IF_ERROR(SumGradients(static_cast<size_t>(i)));
+    }
+    return EndSum();
+  });
+}
+
+absl::Status LlamaStage::ShardGradients(ReplicaExchange* replicas, const std::vector<int64_t>& bounds) {
+  return CatchTorch(Where(), [&]() -> absl::Status {
+    int64_t largest = 0;
+    for (size_t i = 0; i < layers_.size(); ++i) largest = std::max(largest, layer_offset_[i + 1] - layer_offset_[i]);
+    replicas_ = replicas;
+    bounds_ = bounds;
+    const auto me = static_cast<size_t>(replicas->index());
+    gradients_ = at::Tensor();
+    for (at::Tensor& buffer : layer_gradients_) buffer = at::zeros({largest}, compute_.dtype(acc_));
+    gradient_shard_ = at::zeros({bounds[me + 1] - bounds[me]}, compute_.dtype(acc_));
+    BindAdapters();
+    AdapterChanged();
+    return absl::OkStatus();
+  });
+}
+
+void LlamaStage::BeginGradients(size_t i) {
+  if (replicas_ != nullptr) layer_gradients_[i % 2].zero_();
+}
+
+// The sum of the layer before goes on while this one's backward pass runs; two buffers are enough for that.
+absl::Status LlamaStage::SumGradients(size_t i) {
+  if (replicas_ == nullptr) return absl::OkStatus();
+  PPFT_RETURN_IF_ERROR(EndSum());
+  const int64_t begin = layer_offset_[i], end = layer_offset_[i + 1];
+  std::vector<int64_t> bounds;
+  for (const int64_t bound : bounds_) bounds.push_back(std::clamp(bound, begin, end) - begin);
+  const auto me = static_cast<size_t>(replicas_->index());
+  const int64_t first = std::clamp(bounds_[me], begin, end) - bounds_[me];
+  const at::Tensor sum = gradient_shard_.narrow(0, bounds[me] == bounds[me + 1] ? 0 : first, bounds[me + 1] - bounds[me]);
+  summing_ = true;
+  return replicas_->BeginSum(layer_gradients_[i % 2].narrow(0, 0, end - begin), bounds, sum);
+}
+
+absl::Status LlamaStage::EndSum() {
+  if (!summing_) return absl::OkStatus();
+  summing_ = false;
+  return replicas_->EndSum();
+}
+
+HeldBytes LlamaStage::held_bytes() const {
+  const auto bytes = [](const at::Tensor& tensor) { return tensor.defined() ? static_cast<int64_t>(tensor.nbytes()) : int64_t{0}; };
+  HeldBytes held;
+  held.weights = bytes(embedding_) + bytes(streamed_) + (head_ && !config_.tie_word_embeddings ? bytes(head_->weight()) : 0);
+  if (head_) held.weights += bytes(head_->norm());
+  const auto element = static_cast<int64_t>(compute_.dtype().itemsize());
+  for (const auto& layer : layers_) {
+    held.weights += 2 * config_.hidden_size * element + (options_.weights == WeightHome::kResident ? layer->weight_size() * element : 0);
+    if (acc_ == options_.compute) continue;
+    for (LoraLinear* linear : layer->linears()) held.masters += linear->lora_columns() * linear->in() * element;
+  }
+  if (sharded_ != nullptr) held.weights += sharded_->held_bytes();
+  held.masters += bytes(masters_);
+  held.gradients = bytes(gradients_) + bytes(layer_gradients_[0]) + bytes(layer_gradients_[1]) + bytes(gradient_shard_);
+  held.activations = pool_->held_bytes();
+  return held;
 }
 
 // PEFT's start: A by kaiming_uniform_(a = sqrt(5)), which is uniform in +-1 / sqrt(in); B zero. The numbers belong to (seed, layer, module), not to the stage.
@@ -167,6 +311,32 @@ void LlamaStage::AdapterChanged() {
   }
 }
 
+FlatParameters LlamaStage::flat_parameters() {
+  FlatParameters flat;
+  flat.master = masters_;
+  flat.gradient = gradients_;
+  flat.end = masters_.numel();
+  for (const Parameter& parameter : parameters_) {
+    flat.spans.push_back({parameter.master.data_ptr<float>() - masters_.data_ptr<float>(), parameter.master.numel()});
+  }
+  int64_t parameter = 0;
+  for (const auto& layer : layers_) {
+    for (LoraLinear* linear : layer->linears()) {
+      for (ComputeCopy& copy : linear->compute_copies(parameter)) flat.copies.push_back(std::move(copy));
+      for (const LoraModule& m : linear->modules()) parameter += m.adapted ? 2 : 0;
+    }
+  }
+  return flat;
+}
+
+// The copy to a device goes through pinned memory, which the allocator keeps until it is done: nothing waits.
+at::Tensor LlamaStage::OnDevice(const at::Tensor& host) const {
+  if (options_.device.is_cpu() || !host.defined()) return host;
+  at::Tensor pinned = at::empty(host.sizes(), host.options().pinned_memory(true));
+  std::memcpy(pinned.data_ptr(), host.data_ptr(), host.nbytes());
+  return pinned.to(options_.device, /*non_blocking=*/true);
+}
+
 absl::Status LlamaStage::CheckInput(const MicrobatchInput& input, const at::Tensor& hidden_in) const {
   if (input.cu_seqlens.size() < 2 || input.cu_seqlens.front() != 0 || !std::is_sorted(input.cu_seqlens.begin(), input.cu_seqlens.end()) ||
       input.cu_seqlens.back() < 1) {
@@ -180,32 +350,33 @@ absl::Status LlamaStage::CheckInput(const MicrobatchInput& input, const at::Tens
   return absl::OkStatus();
 }
 
-LlamaStage::Residual LlamaStage::RunLayers(const MicrobatchInput& input, const at::Tensor& hidden_in, MicrobatchActivations& saved) {
+absl::StatusOr<LlamaStage::Residual> LlamaStage::RunLayers(const MicrobatchInput& input, const at::Tensor& hidden_in, MicrobatchActivations& saved) {
   const int64_t tokens = input.cu_seqlens.back();
-  std::vector<int32_t> position(tokens);
+  at::Tensor position = at::empty({tokens}, at::kInt);
+  int32_t* const positions = position.data_ptr<int32_t>();
   int32_t longest = 0;
   for (size_t d = 0; d + 1 < input.cu_seqlens.size(); ++d) {
-    for (int32_t t = input.cu_seqlens[d]; t < input.cu_seqlens[d + 1]; ++t) position[t] = t - input.cu_seqlens[d];
+    for (int32_t t = input.cu_seqlens[d]; t < input.cu_seqlens[d + 1]; ++t) positions[t] = t - input.cu_seqlens[d];
     longest = std::max(longest, input.cu_seqlens[d + 1] - input.cu_seqlens[d]);
   }
-  saved.position = at::empty({tokens}, at::kInt);
-  std::copy(position.begin(), position.end(), saved.position.data_ptr<int32_t>());
+  saved.position = OnDevice(position);
   rope_.Reserve(longest);
 
   at::Tensor base = saved.layers[0].hidden.narrow(0, 0, tokens);
   if (options_.has_embedding) {
-    at::index_select_out(base, embedding_, 0, input.ids);
+    at::index_select_out(base, embedding_, 0, OnDevice(input.ids));
   } else {
     base.copy_(hidden_in);
   }
   at::Tensor delta;
   const LayerPass pass = PassOf(input, saved);
   for (size_t i = 0; i < layers_.size(); ++i) {
-    const LayerActivations rows = saved.layers[std::min(i, saved.layers.size() - 1)].Rows(tokens);
+    PPFT_RETURN_IF_ERROR(UseLayer(i, i + 1 < layers_.size() ? static_cast<int>(i) + 1 : -1));
+    const LayerActivations rows = pool_->Rows(saved, i, tokens);
     delta = layers_[i]->Forward(pass, base, delta, rows);
     base = rows.middle;
   }
-  return {base, delta};
+  return Residual{base, delta};
 }
 
 absl::StatusOr<at::Tensor> LlamaStage::Forward(const MicrobatchInput& input, const at::Tensor& hidden_in, bool keep_for_backward, double* loss_sum) {
@@ -214,15 +385,21 @@ absl::StatusOr<at::Tensor> LlamaStage::Forward(const MicrobatchInput& input, con
     PPFT_RETURN_IF_ERROR(CheckInput(input, hidden_in));
     const int64_t tokens = input.cu_seqlens.back();
     MicrobatchActivations& saved = keep_for_backward ? pool_->Keep(input.microbatch, tokens) : pool_->Transient(tokens);
-    const Residual out = RunLayers(input, hidden_in, saved);
+    PPFT_ASSIGN_OR_RETURN(const Residual out, RunLayers(input, hidden_in, saved));
     if (!head_) return at::add(out.base, out.delta);
+    const at::Tensor target_rows = OnDevice(input.target_rows);
     at::Tensor gradient;
     if (keep_for_backward) {
-      saved.target_rows = input.target_rows;
+      saved.target_rows = target_rows;
       saved.head_gradient = at::empty({input.target_rows.size(0), config_.hidden_size}, compute_);
       gradient = saved.head_gradient;
     }
-    head_->Forward(out.base, out.delta, input.target_rows, input.target_ids, input.loss_weight, gradient, scratch_, loss_sum);
+    const at::Tensor sum = head_->Forward(out.base, out.delta, target_rows, OnDevice(input.target_ids), input.loss_weight, gradient, scratch_);
+    if (sum.defined() && loss_sum == nullptr) {
+      loss_total_.add_(sum);
+    } else if (sum.defined()) {
+      *loss_sum += sum.item<double>();
+    }
     return at::Tensor();
   });
 }
@@ -246,8 +423,15 @@ absl::StatusOr<at::Tensor> LlamaStage::Backward(const MicrobatchInput& input, co
     }
     const LayerPass pass = PassOf(input, *saved);
     for (size_t i = layers_.size(); i-- > 0;) {
-      layers_[i]->Backward(pass, saved->layers[i].Rows(tokens), dhidden, /*input_gradient=*/i > 0 || !options_.has_embedding);
+      PPFT_RETURN_IF_ERROR(UseLayer(i, static_cast<int>(i) - 1));
+      const LayerActivations rows = pool_->Rows(*saved, i, tokens);
+      if (options_.checkpointing == Checkpointing::kFull) layers_[i]->Recompute(pass, rows);
+      if (options_.checkpointing == Checkpointing::kSelective) layers_[i]->RecomputeGateUp(pass, rows);
+      BeginGradients(i);
+      layers_[i]->Backward(pass, rows, dhidden, /*input_gradient=*/i > 0 || !options_.has_embedding);
+      PPFT_RETURN_IF_ERROR(SumGradients(i));
     }
+    PPFT_RETURN_IF_ERROR(EndSum());
     pool_->Release(input.microbatch);
     return options_.has_embedding ? at::Tensor() : dhidden;
   });
@@ -258,9 +442,10 @@ absl::StatusOr<at::Tensor> LlamaStage::Logits(const MicrobatchInput& input, cons
     const c10::InferenceMode guard;
     if (!head_) return absl::FailedPreconditionError(absl::StrCat(Where(), " has no head"));
     PPFT_RETURN_IF_ERROR(CheckInput(input, hidden_in));
-    const Residual out = RunLayers(input, hidden_in, pool_->Transient(input.cu_seqlens.back()));
+    PPFT_ASSIGN_OR_RETURN(const Residual out, RunLayers(input, hidden_in, pool_->Transient(input.cu_seqlens.back())));
     std::vector<int64_t> copy = rows;
-    return head_->Logits(out.base, out.delta, at::from_blob(copy.data(), {static_cast<int64_t>(copy.size())}, at::kLong), scratch_);
+    const at::Tensor index = OnDevice(at::from_blob(copy.data(), {static_cast<int64_t>(copy.size())}, at::kLong));
+    return head_->Logits(out.base, out.delta, index, scratch_).to(at::kCPU);
   });
 }
 
@@ -269,12 +454,12 @@ absl::Status LlamaStage::ForEachMerged(at::ScalarType dtype, const std::function
     const c10::InferenceMode guard;
     // A narrow compute copy has lost digits that the file on disk may have.
     const auto original = [&](const std::string& name, const at::Tensor& held) -> absl::StatusOr<at::Tensor> {
-      if (held.scalar_type() == acc_) return held;
+      if (held.defined() && held.scalar_type() == acc_) return held;
       return source_(name);
     };
     const auto plain = [&](const std::string& name, const at::Tensor& held) -> absl::Status {
       PPFT_ASSIGN_OR_RETURN(const at::Tensor base, original(name, held));
-      return visit(name, base.to(dtype).contiguous());
+      return visit(name, base.to(at::kCPU, dtype).contiguous());
     };
     if (options_.has_embedding) PPFT_RETURN_IF_ERROR(plain(model::kEmbeddingName, embedding_));
     for (const auto& layer : layers_) {
@@ -283,8 +468,8 @@ absl::Status LlamaStage::ForEachMerged(at::ScalarType dtype, const std::function
           PPFT_RETURN_IF_ERROR(plain(tensor.name, tensor.weight));
           continue;
         }
-        PPFT_ASSIGN_OR_RETURN(const at::Tensor base, original(tensor.name, tensor.weight));
-        PPFT_RETURN_IF_ERROR(visit(tensor.name, tensor.linear->Merged(tensor.module, base).to(dtype).contiguous()));
+        PPFT_ASSIGN_OR_RETURN(const at::Tensor base, original(tensor.name, options_.weights == WeightHome::kResident ? tensor.weight : at::Tensor()));
+        PPFT_RETURN_IF_ERROR(visit(tensor.name, tensor.linear->Merged(tensor.module, base).to(dtype).to(at::kCPU).contiguous()));
       }
     }
     if (head_) {
@@ -300,7 +485,7 @@ std::vector<model::ExpectedTensor> LlamaStage::merged_tensors() const {
   const std::vector<int64_t> vocabulary = {config_.vocab_size, config_.hidden_size};
   if (options_.has_embedding) tensors.push_back({model::kEmbeddingName, vocabulary});
   for (const auto& layer : layers_) {
-    for (const DecoderLayer::BaseTensor& tensor : layer->base_tensors()) tensors.push_back({tensor.name, tensor.weight.sizes().vec()});
+    for (const DecoderLayer::BaseTensor& tensor : layer->base_tensors()) tensors.push_back({tensor.name, tensor.shape});
   }
   if (options_.has_head) {
     tensors.push_back({model::kFinalNormName, {config_.hidden_size}});

@@ -13,6 +13,8 @@ namespace {
 void AccumulateProduct(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double alpha) {
   if (sum.scalar_type() == a.scalar_type()) {
     sum.addmm_(a, b, 1.0, alpha);
+  } else if (a.is_cuda()) {
+    sum.add_(at::mm(a, b, sum.scalar_type()), alpha);  // the products' sum never gets narrow
   } else {
     sum.add_(at::mm(a, b), alpha);
   }
@@ -20,16 +22,22 @@ void AccumulateProduct(const at::Tensor& sum, const at::Tensor& a, const at::Ten
 
 }  // namespace
 
-LoraLinear::LoraLinear(int64_t in, int r, double scale, std::vector<LoraModule> modules, const at::TensorOptions& compute, Kernels& kernels)
-    : in_(in), r_(r), scale_(scale), kernels_(kernels), modules_(std::move(modules)) {
+LoraLinear::LoraLinear(int64_t in, int r, double scale, std::vector<LoraModule> modules, const at::TensorOptions& compute, bool resident, Kernels& kernels)
+    : in_(in), r_(r), scale_(scale), compute_(compute), resident_(resident), kernels_(kernels), modules_(std::move(modules)) {
   for (const LoraModule& module : modules_) {
     out_ += module.out;
     if (module.adapted) lora_columns_ += r_;
   }
-  weight_ = at::zeros({out_, in_ + lora_columns_}, compute);
+  if (resident_) weight_ = at::zeros({out_, in_ + lora_columns_}, compute_);
+}
+
+void LoraLinear::Place(const at::Tensor& weight) {
+  weight_ = weight.view({out_, in_ + lora_columns_});
+  WriteColumns();
 }
 
 at::Tensor LoraLinear::base_weight(size_t module) const {
+  if (!weight_.defined()) return at::Tensor();
   int64_t row = 0;
   for (size_t m = 0; m < module; ++m) row += modules_[m].out;
   return weight_.narrow(0, row, modules_[module].out).narrow(1, 0, in_);
@@ -38,7 +46,7 @@ at::Tensor LoraLinear::base_weight(size_t module) const {
 at::Tensor LoraLinear::Merged(size_t module, const at::Tensor& base) const {
   const LoraModule& m = modules_[module];
   const at::ScalarType acc = base.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  at::Tensor merged = base.to(acc, /*non_blocking=*/false, /*copy=*/true);
+  at::Tensor merged = base.to(compute_.device(), acc, /*non_blocking=*/false, /*copy=*/true);
   if (m.adapted) merged.addmm_(m.b.to(acc), m.a.to(acc), 1.0, scale_);
   return merged;
 }
@@ -52,7 +60,7 @@ int64_t LoraLinear::parameter_count() const {
 void LoraLinear::Bind(const at::Tensor& master, const at::Tensor& gradient) {
   a_master_ = master.narrow(0, 0, lora_columns_ * in_).view({lora_columns_, in_});
   a_gradient_ = gradient.narrow(0, 0, lora_columns_ * in_).view({lora_columns_, in_});
-  a_ = master.scalar_type() == weight_.scalar_type() ? a_master_ : at::zeros({lora_columns_, in_}, weight_.options());
+  a_ = master.scalar_type() == c10::typeMetaToScalarType(compute_.dtype()) ? a_master_ : at::zeros({lora_columns_, in_}, compute_);
   int64_t row = 0;
   int64_t offset = lora_columns_ * in_;
   for (LoraModule& m : modules_) {
@@ -69,6 +77,10 @@ void LoraLinear::Bind(const at::Tensor& master, const at::Tensor& gradient) {
 void LoraLinear::AdapterChanged() {
   if (lora_columns_ == 0) return;
   if (!a_.is_same(a_master_)) a_.copy_(a_master_);
+  if (resident_) WriteColumns();
+}
+
+void LoraLinear::WriteColumns() {
   int64_t row = 0;
   int64_t column = in_;
   for (const LoraModule& m : modules_) {
@@ -80,7 +92,28 @@ void LoraLinear::AdapterChanged() {
   }
 }
 
+std::vector<ComputeCopy> LoraLinear::compute_copies(int64_t parameter) const {
+  std::vector<ComputeCopy> copies;
+  int64_t row = 0;
+  int64_t column = 0;
+  for (const LoraModule& m : modules_) {
+    if (m.adapted) {
+      if (!a_.is_same(a_master_)) copies.push_back({parameter, a_.narrow(0, column, r_), 1.0});
+      if (resident_) copies.push_back({parameter + 1, weight_.narrow(0, row, m.out).narrow(1, in_ + column, r_), scale_});
+      parameter += 2;
+      column += r_;
+    }
+    row += m.out;
+  }
+  return copies;
+}
+
 void LoraLinear::Forward(const at::Tensor& x, const at::Tensor& y, const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped) {
+  FillColumns(x, dropout, dropped);
+  kernels_.MatMul(x, weight_.t(), y);
+}
+
+void LoraLinear::FillColumns(const at::Tensor& x, const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped) {
   if (lora_columns_ > 0) {
     const at::Tensor input = x.narrow(1, 0, in_);
     if (dropout.empty()) {
@@ -97,7 +130,6 @@ void LoraLinear::Forward(const at::Tensor& x, const at::Tensor& y, const std::ve
       }
     }
   }
-  kernels_.MatMul(x, weight_.t(), y);
 }
 
 void LoraLinear::Backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora, const at::Tensor& dx, bool input_gradient,

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "worker/trainer/kernels/kernels.h"
+#include "worker/trainer/kernels/optimizer.h"
 
 namespace ppft::trainer {
 
@@ -28,14 +29,20 @@ struct LoraModule {
 
 class LoraLinear {
  public:
-  LoraLinear(int64_t in, int r, double scale, std::vector<LoraModule> modules, const at::TensorOptions& compute, Kernels& kernels);
+  // resident: the stored matrix is this object's own; otherwise it has to be placed before each use.
+  LoraLinear(int64_t in, int r, double scale, std::vector<LoraModule> modules, const at::TensorOptions& compute, bool resident, Kernels& kernels);
 
   int64_t in() const { return in_; }
   int64_t out() const { return out_; }
   int64_t lora_columns() const { return lora_columns_; }
   const std::vector<LoraModule>& modules() const { return modules_; }
 
-  // The base weight of a module: view [out, in] into the stored matrix.
+  // Elements of the stored matrix.
+  int64_t weight_size() const { return out_ * (in_ + lora_columns_); }
+  // Uses `weight` ([weight_size()], contiguous) as the stored matrix from now on and writes the adapters' columns into it.
+  void Place(const at::Tensor& weight);
+
+  // The base weight of a module: view [out, in] into the stored matrix; undefined before one is placed.
   at::Tensor base_weight(size_t module) const;
   // W + s B A in fp32 (acc) from a given base weight.
   at::Tensor Merged(size_t module, const at::Tensor& base) const;
@@ -45,10 +52,14 @@ class LoraLinear {
   void Bind(const at::Tensor& master, const at::Tensor& gradient);
   // Refreshes the compute copies after the masters changed.
   void AdapterChanged();
+  // Where those copies lie while the matrix is resident; the parameters count from `parameter`: A, B of each adapted module.
+  std::vector<ComputeCopy> compute_copies(int64_t parameter) const;
 
   // x: rows [T, in + R], the input in the first `in` columns; fills the other R. y: rows [T, out].
   // dropout: one sequence per module of the stack, or empty for none.
   void Forward(const at::Tensor& x, const at::Tensor& y, const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped);
+  // The first half of it: x A^T into the other R columns.
+  void FillColumns(const at::Tensor& x, const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped);
   // dy: rows [T, out]; x: rows [T, in]; lora: rows [T, R] as Forward filled them (both unused without adapted modules).
   // dx: rows [T, in + R]: the input's gradient in the first `in` columns (left unwritten unless input_gradient). Adds to the adapters' gradients.
   // dropped: rows [T, in], room for one dropped input; needed with dropout alone.
@@ -56,9 +67,14 @@ class LoraLinear {
                 const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped);
 
  private:
+  // s B of each adapted module into the stored matrix.
+  void WriteColumns();
+
   const int64_t in_;
   const int64_t r_;
   const double scale_;
+  const at::TensorOptions compute_;
+  const bool resident_;
   Kernels& kernels_;
   std::vector<LoraModule> modules_;
   int64_t out_ = 0;

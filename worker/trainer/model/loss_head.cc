@@ -32,10 +32,10 @@ LossHead::Normed LossHead::Norm(const at::Tensor& base, const at::Tensor& delta,
   return result;
 }
 
-void LossHead::Forward(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& rows, const at::Tensor& target_ids, double weight,
-                       const at::Tensor& gradient, Scratch& scratch, double* loss_sum) {
+at::Tensor LossHead::Forward(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& rows, const at::Tensor& target_ids, double weight,
+                             const at::Tensor& gradient, Scratch& scratch) {
   const int64_t n = rows.size(0);
-  if (n == 0) return;
+  if (n == 0) return at::Tensor();
   const Normed x = Norm(base, delta, rows, scratch);
   const at::Tensor sum = at::zeros({1}, norm_.options().dtype(at::kDouble));
   for (int64_t begin = 0; begin < n; begin += chunk_rows_) {
@@ -50,7 +50,7 @@ void LossHead::Forward(const at::Tensor& base, const at::Tensor& delta, const at
     gradient.zero_();
     kernels_.RmsNormBackward(x.normed, x.hidden, x.rstd, norm_, gradient);
   }
-  *loss_sum += sum.item<double>();
+  return sum;
 }
 
 at::Tensor LossHead::Logits(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& rows, Scratch& scratch) {

@@ -16,10 +16,10 @@ class LossHead {
   // norm: [hidden], weight: [vocab, hidden], both compute dtype (weight may be the embedding's).
   LossHead(at::Tensor norm, at::Tensor weight, double eps, int64_t chunk_rows, Kernels& kernels);
 
-  // The hidden state is base + delta ([T, hidden]). Adds the sum of -log p over the targets to *loss_sum. gradient: [targets, hidden], written if defined:
+  // The hidden state is base + delta ([T, hidden]). Returns the sum of -log p over the targets, [1] fp64 (undefined without targets). gradient: [targets, hidden], written if defined:
   // weight * d(sum of -log p) / d(hidden at rows).
-  void Forward(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& rows, const at::Tensor& target_ids, double weight, const at::Tensor& gradient,
-               Scratch& scratch, double* loss_sum);
+  at::Tensor Forward(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& rows, const at::Tensor& target_ids, double weight,
+                     const at::Tensor& gradient, Scratch& scratch);
   // [rows, vocab] acc.
   at::Tensor Logits(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& rows, Scratch& scratch);
 

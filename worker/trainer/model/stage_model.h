@@ -18,6 +18,9 @@
 #include "absl/strings/string_view.h"
 #include "common/model/config.h"
 #include "common/model/inventory.h"
+#include "worker/trainer/kernels/kernels.h"
+#include "worker/trainer/kernels/optimizer.h"
+#include "worker/trainer/model/replica_exchange.h"
 
 namespace ppft::trainer {
 
@@ -29,15 +32,35 @@ struct LoraOptions {
   std::vector<std::string> target_modules;  // "q_proj" …
 };
 
+// Where the frozen matrices of the layers lie.
+enum class WeightHome {
+  kResident,  // all of them in memory
+  kSharded,   // ZeRO 3: each replica keeps a part, and a layer is gathered just before it is used
+  kStreamed,  // one layer at a time, read from the source just before it is used
+};
+
+// What a forward pass keeps for its backward pass. The norms' and SwiGLU's outputs are always made again.
+enum class Checkpointing {
+  kNone,       // the layers' other intermediate values
+  kSelective,  // those without the product of gate and up, the largest: backward makes it again
+  kFull,       // the layers' inputs alone: backward goes forward through each layer again
+};
+
 struct StageOptions {
   int stage = 0;
   int first_layer = 0;
   int num_layers = 0;
   bool has_embedding = false;
   bool has_head = false;
+  at::Device device = at::kCPU;         // where weights, adapters and activations live
+  Kernels* kernels = nullptr;           // of that device; null: the CPU's. Outlives the stage
   at::ScalarType compute = at::kFloat;  // of the base and the activations; adapters and their gradients stay fp32
   LoraOptions lora;
-  int64_t head_chunk_rows = 256;  // rows of logits at a time: they have to stay in cache
+  Checkpointing checkpointing = Checkpointing::kNone;
+  WeightHome weights = WeightHome::kResident;
+  int num_replicas = 1;  // kSharded: of this stage, and which of them this one is
+  int replica = 0;
+  int64_t head_chunk_rows = 256;  // rows of logits at a time: on the CPU they have to stay in cache
 };
 
 // The raw tensor of that name from the base model (as on disk: fp32, bf16 or fp16); NOT_FOUND if it is not there. A stage keeps its source: a merge of a
@@ -63,34 +86,62 @@ struct Parameter {
   at::Tensor gradient;  // same shape, fp32
 };
 
+// Tensors that a stage holds between two steps.
+struct HeldBytes {
+  int64_t weights = 0;  // frozen, with the adapters' columns and the buffers that layers are gathered into
+  int64_t masters = 0;  // and their compute copies outside of the weights
+  int64_t gradients = 0;
+  int64_t activations = 0;  // kept for backward, at their most so far
+};
+
 class StageModel {
  public:
   static absl::StatusOr<std::unique_ptr<StageModel>> Create(const model::ModelConfig& config, const StageOptions& options, const TensorSource& source);
   virtual ~StageModel() = default;
 
   // hidden_in: [tokens, hidden] (undefined on the first stage). Returns hidden_out [tokens, hidden]; on the last stage an undefined tensor, and
-  // the loss sum (fp64 sum of -log p over the targets, unscaled) is added to *loss_sum; the head's gradient is computed in the same pass.
+  // the loss sum (fp64 sum of -log p over the targets, unscaled) is added to *loss_sum, or with loss_sum null to loss_total(), which waits for nothing; the
+  // head's gradient is computed in the same pass.
   // Keeps what backward needs under `microbatch` if keep_for_backward.
   virtual absl::StatusOr<at::Tensor> Forward(const MicrobatchInput& input, const at::Tensor& hidden_in, bool keep_for_backward, double* loss_sum) = 0;
 
   // grad_out: [tokens, hidden] (undefined on the last stage). Returns grad_in [tokens, hidden] (undefined on the first stage); adds the adapters' gradients.
   virtual absl::StatusOr<at::Tensor> Backward(const MicrobatchInput& input, const at::Tensor& grad_out) = 0;
 
-  // Logits [rows.size(), vocab] fp32 of the given rows; last stage, no gradient (verification, tests).
+  // Instead of both for a micro-batch without tokens: takes part in what the replicas do together.
+  virtual absl::Status Idle(bool /*backward*/) { return absl::OkStatus(); }
+
+  // [1] fp64 on the stage's device, the caller's to read and to zero; undefined without a head.
+  virtual at::Tensor loss_total() { return at::Tensor(); }
+
+  // Logits [rows.size(), vocab] fp32 on the host of the given rows; last stage, no gradient (verification, tests).
   virtual absl::StatusOr<at::Tensor> Logits(const MicrobatchInput& input, const at::Tensor& hidden_in, const std::vector<int64_t>& rows) = 0;
 
   // Fixed order: by layer, then q k v o gate up down, A before B. Masters may be written; AdapterChanged() then refreshes the compute copies.
   virtual std::vector<Parameter>& parameters() = 0;
   virtual void AdapterChanged() = 0;
   virtual void ZeroGradients() = 0;
+  // Needed before the first pass with weights kSharded; outlives this object.
+  virtual void Attach(ReplicaExchange* /*replicas*/) {}
+  // ZeRO 2: from now on a layer's gradients are summed over the replicas as soon as backward has made them, and only this replica's part of the sum is kept:
+  // elements [bounds[index], bounds[index + 1]) of the flat buffer. The parameters' own gradients become undefined. `replicas` outlives
+  // this object.
+  virtual absl::Status ShardGradients(ReplicaExchange* /*replicas*/, const std::vector<int64_t>& /*bounds*/) {
+    return absl::UnimplementedError("this stage cannot share out its gradients");
+  }
+  virtual at::Tensor gradient_shard() { return at::Tensor(); }
+  // The same parameters as flat buffers with their compute copies, for a DeviceOptimizer that updates all of them; spans in the order of parameters().
+  virtual FlatParameters flat_parameters() { return {}; }
 
-  // The base model's own tensors in HF names with the adapter merged in: W + scale * B A in fp32, then cast to `dtype`. One call per tensor of this stage.
+  // The base model's own tensors in HF names with the adapter merged in: W + scale * B A in fp32, then cast to `dtype`, on the host. One call per
+  // tensor of this stage.
   virtual absl::Status ForEachMerged(at::ScalarType dtype, const std::function<absl::Status(const std::string& name, const at::Tensor& tensor)>& visit) = 0;
 
   // Names and shapes of those calls, in their order.
   virtual std::vector<model::ExpectedTensor> merged_tensors() const = 0;
 
   virtual int64_t activation_bytes() const = 0;  // held now for backward
+  virtual HeldBytes held_bytes() const { return {}; }
 };
 
 }  // namespace ppft::trainer

@@ -51,6 +51,8 @@ class LossScaler {
   }
 
   bool active() const { return options_.active; }
+  // The next overflow could lower the scale no further: DeepSpeed ends the run with it.
+  bool exhausted() const { return dynamic() && hysteresis_left_ <= 1 && scale_ <= options_.min_scale; }
   double scale() const { return scale_; }
   int good_steps() const { return good_steps_; }
   int hysteresis_left() const { return hysteresis_left_; }

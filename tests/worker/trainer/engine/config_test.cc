@@ -38,7 +38,7 @@ TEST(CheckConfig, APlanThatContradictsItselfIsRefused) {
       {[](TrainerConfig& c) { c.plan.stages[1].first_layer = 4; }, "stage 1 of the plan is not in its place"},
       {[](TrainerConfig& c) { c.plan.stages[1].has_head = false; }, "stage 1 of the plan is not in its place"},
       {[](TrainerConfig& c) { c.plan.total_steps = 0; }, "no optimizer step"},
-      {[](TrainerConfig& c) { c.plan.zero_stage = 3; }, "zero_stage 3 is not supported yet"},
+      {[](TrainerConfig& c) { c.plan.zero_stage = 4; }, "zero_stage 4 is unknown"},
       {[](TrainerConfig& c) { c.schedule.name = "step"; }, "lr_scheduler \"step\" is unknown"},
   };
   for (const Wrong& wrong : cases) {

@@ -149,15 +149,61 @@ def test_packing_with_dropout_is_the_same_in_every_layout(tmp_path):
     assert Run(start, tmp_path / 'other', pp=1).losses() != one.losses()
 
 
-@pytest.mark.parametrize('dp,pp,zero', [(2, 1, 0), (2, 1, 1), (2, 2, 1), (2, 2, 2), (4, 1, 2)])
+def held(run):
+    """Bytes by kind of tensor, of each rank in order."""
+    import re
+    pattern = re.compile(r'holds (\d+) bytes of weights, (\d+) of masters, (\d+) of gradients, (\d+) of moments')
+    found = {rank: [int(n) for n in m.groups()] for rank, line in run.of('log') if (m := pattern.search(line['text']))}
+    return [dict(zip(('weights', 'masters', 'gradients', 'moments'), found[rank])) for rank in sorted(found)]
+
+
+@pytest.mark.parametrize('dp,pp,zero', [(2, 1, 0), (2, 1, 1), (2, 1, 3), (2, 2, 1), (2, 2, 2), (2, 2, 3), (3, 1, 3), (4, 1, 2)])
 def test_replicas_give_the_same_curve(start, calm, tmp_path, dp, pp, zero):
-    start = {**start, 'plan': {**start['plan'], 'zero_stage': zero, 'num_microbatches': 8 // dp}}
+    if dp == 3:
+        start, calm = {**start, 'plan': {**start['plan'], 'num_microbatches': 9}}, None
+        calm = Run(start, tmp_path / 'calm', pp=pp)
+    start = {**start, 'plan': {**start['plan'], 'zero_stage': zero, 'num_microbatches': start['plan']['num_microbatches'] // dp}}
     run = Run(start, tmp_path / 'run', pp=pp, dp=dp)
     assert relative(run.losses(), calm.losses()) < 1e-4
     assert relative([e for _, e in run.evals()], [e for _, e in calm.evals()]) < 1e-4
     best = run.checkpoint(20)[0]['state']['best_step']
     again = Run(resumed(start, run, 20, int(best)), tmp_path / 'again', pp=pp, dp=dp)
     assert again.losses() == run.losses()[20:] and again.digest() == run.digest()
+
+
+def test_each_zero_stage_holds_less(start, tmp_path):
+    start = {**start, 'spec': {**start['spec'], 'output': {'formats': ['adapter', 'merged'], 'verify': True}}}
+    ranks = {}
+    for zero in range(4):
+        plan = {**start['plan'], 'zero_stage': zero, 'num_microbatches': 4, 'total_steps': '2'}
+        ranks[zero] = held(Run({**start, 'plan': plan}, tmp_path / f'zero{zero}', dp=2))
+        assert len(ranks[zero]) == 2
+    whole = ranks[0][0]['masters']
+    for zero, both in ranks.items():
+        assert sum(rank['moments'] for rank in both) == (4 * whole if zero == 0 else 2 * whole)
+        for rank in both:
+            assert rank['masters'] == whole
+            # Half of the sums and the gradients of two of the five layers.
+            assert rank['gradients'] == (whole if zero < 2 else whole // 2 + 2 * whole // 5)
+            assert (rank['weights'] == ranks[0][0]['weights']) == (zero < 3)
+    assert ranks[3][0]['weights'] < ranks[0][0]['weights']
+
+
+@pytest.mark.parametrize('dp,pp,zero,to', [(2, 2, 3, (1, 1, 0)), (1, 1, 0, (2, 2, 3)), (2, 1, 1, (4, 1, 2)), (4, 1, 2, (2, 2, 0))])
+def test_a_checkpoint_moves_to_another_mesh(start, calm, tmp_path, dp, pp, zero, to):
+    def at(layout, **more):
+        return {**start, **more, 'plan': {**start['plan'], 'zero_stage': layout[2], 'num_microbatches': 8 // layout[0]}}
+    run = Run(at((dp, pp, zero)), tmp_path / 'run', pp=pp, dp=dp, kill=(0, 25), ok=False)
+    best = run.checkpoint(20)[0]['state']['best_step']
+    again = Run(resumed(at(to), run, 20, int(best)), tmp_path / 'again', pp=to[1], dp=to[0])
+    assert relative(run.losses()[:20] + again.losses(), calm.losses()) < 1e-4
+    assert relative([e for _, e in again.evals()], [e for step, e in calm.evals() if step > 20]) < 1e-4
+
+
+@pytest.mark.parametrize('mode', ['selective', 'full'])
+def test_activation_checkpointing_changes_no_byte(start, calm, tmp_path, mode):
+    run = Run({**start, 'spec': {**start['spec'], 'parallel': {'activation_checkpointing': mode}}}, tmp_path, pp=2)
+    assert run.losses() == calm.losses() and run.digest() == calm.digest()
 
 
 def test_fp16_skips_overflows_and_comes_down(start, calm, tmp_path):
@@ -168,6 +214,13 @@ def test_fp16_skips_overflows_and_comes_down(start, calm, tmp_path):
     assert skipped >= 4 and last['row']['loss_scale'] == 2.0 ** (32 - skipped)
     flags = [r['skipped'] for r in run.rows()]
     assert flags[:4] == [True] * 4 and sum(flags) == skipped
+    told = [s for _, r in run.of('step') for s in r.get('skipped', [])]
+    assert [int(s['step']) for s in told] == [int(r['step']) for r in run.rows() if r['skipped']]
+    assert [s['loss_scale'] for s in told] == [2.0 ** (32 - i) for i in range(skipped)] and all(s['next_loss_scale'] == s['loss_scale'] / 2 for s in told)
+    assert all('is not finite' in s['reason'] and 'stage' in s['reason'] for s in told)
+    # The scaler goes on from a checkpoint where it stood.
+    again = Run(resumed(start, run, 10, int(run.checkpoint(10)[0]['state']['best_step'])), tmp_path / 'again', pp=2)
+    assert again.losses() == run.losses()[10:] and [r['loss_scale'] for r in again.rows()] == [r['loss_scale'] for r in run.rows()][10:]
     assert run.losses()[-1] < run.losses()[0]
 
 

@@ -1,0 +1,319 @@
+// What saves memory changes no number: activation checkpointing, and layers and gradients shared out over replicas (here threads).
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/tensor.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <condition_variable>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include "worker/trainer/model/stage_model.h"
+
+namespace ppft::trainer {
+namespace {
+
+model::ModelConfig Config() {
+  model::ModelConfig config;
+  config.hidden_size = 24;
+  config.intermediate_size = 40;
+  config.num_layers = 5;
+  config.num_attention_heads = 6;
+  config.num_key_value_heads = 2;
+  config.head_dim = 4;
+  config.vocab_size = 31;
+  config.max_position_embeddings = 64;
+  config.rms_norm_eps = 1e-5;
+  config.rope_theta = 100;
+  config.tie_word_embeddings = true;
+  return config;
+}
+
+TensorSource RandomSource(const model::ModelConfig& config) {
+  at::manual_seed(3);
+  auto tensors = std::make_shared<std::map<std::string, at::Tensor>>();
+  for (const model::ExpectedTensor& t : model::ExpectedTensors(config)) (*tensors)[t.name] = at::randn(t.shape) * 0.3;
+  return [tensors](const std::string& name) -> absl::StatusOr<at::Tensor> {
+    const auto it = tensors->find(name);
+    if (it == tensors->end()) return absl::NotFoundError(name);
+    return it->second;
+  };
+}
+
+StageOptions Whole(at::ScalarType compute) {
+  StageOptions options;
+  options.num_layers = 5;
+  options.has_embedding = options.has_head = true;
+  options.compute = compute;
+  options.lora = {3, 1.5, 0.25, 11, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}};
+  return options;
+}
+
+MicrobatchInput Input(int microbatch) {
+  at::manual_seed(100 + microbatch);
+  MicrobatchInput input;
+  input.step = 4;
+  input.microbatch = microbatch;
+  input.cu_seqlens = {0, 3, 6, 7, 11 + microbatch};
+  input.ids = at::randint(31, {11 + microbatch}, at::kLong);
+  input.target_rows = at::tensor({1, 3, 4, 7, 8, 9}, at::kLong);
+  input.target_ids = at::randint(31, {6}, at::kLong);
+  input.loss_weight = 0.125;
+  return input;
+}
+
+std::unique_ptr<StageModel> Make(const StageOptions& options) {
+  static const TensorSource* const source = new TensorSource(RandomSource(Config()));
+  auto stage = StageModel::Create(Config(), options, *source);
+  EXPECT_TRUE(stage.ok()) << stage.status();
+  at::manual_seed(8);
+  for (const Parameter& p : (*stage)->parameters()) p.master.copy_(at::randn(p.master.sizes()) * 0.2);
+  (*stage)->AdapterChanged();
+  return *std::move(stage);
+}
+
+// Loss, and all gradients in one row.
+struct Result {
+  double loss = 0;
+  at::Tensor gradients;
+};
+
+Result Train(StageModel& stage, const std::vector<int>& microbatches) {
+  Result result;
+  stage.ZeroGradients();
+  for (const int m : microbatches) EXPECT_TRUE(stage.Forward(Input(m), at::Tensor(), true, &result.loss).ok());
+  for (const int m : microbatches) {
+    const auto done = stage.Backward(Input(m), at::Tensor());
+    EXPECT_TRUE(done.ok()) << done.status();
+  }
+  if (stage.gradient_shard().defined()) {
+    result.gradients = stage.gradient_shard().clone();
+    return result;
+  }
+  result.gradients = stage.flat_parameters().gradient.clone();
+  return result;
+}
+
+TEST(Checkpointing, RecomputesTheSameBitsInLessMemory) {
+  for (const at::ScalarType compute : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    std::map<Checkpointing, int64_t> kept;
+    Result none;
+    for (const Checkpointing mode : {Checkpointing::kNone, Checkpointing::kSelective, Checkpointing::kFull}) {
+      StageOptions options = Whole(compute);
+      options.checkpointing = mode;
+      const auto stage = Make(options);
+      const Result result = Train(*stage, {0, 1, 2});
+      if (mode == Checkpointing::kNone) none = result;
+      EXPECT_EQ(result.loss, none.loss);
+      EXPECT_TRUE(at::equal(result.gradients, none.gradients)) << static_cast<int>(mode);
+      double loss = 0;
+      ASSERT_TRUE(stage->Forward(Input(0), at::Tensor(), true, &loss).ok());
+      kept[mode] = stage->activation_bytes();
+    }
+    EXPECT_GT(none.gradients.abs().max().item<double>(), 0);
+    EXPECT_LT(kept[Checkpointing::kSelective], 0.75 * kept[Checkpointing::kNone]);
+    EXPECT_LT(kept[Checkpointing::kFull], 0.2 * kept[Checkpointing::kNone]);
+  }
+}
+
+TEST(Weights, AStageThatStreamsItsLayersGivesTheSameBits) {
+  const Result resident = Train(*Make(Whole(at::kFloat)), {0, 1});
+  StageOptions options = Whole(at::kFloat);
+  options.weights = WeightHome::kStreamed;
+  const auto stage = Make(options);
+  const Result streamed = Train(*stage, {0, 1});
+  EXPECT_EQ(streamed.loss, resident.loss);
+  EXPECT_TRUE(at::equal(streamed.gradients, resident.gradients));
+}
+
+// What the replicas hand to each other, by the number of the operation. Fails an operation whose sizes differ between the replicas.
+class Board {
+ public:
+  explicit Board(size_t replicas) : replicas_(replicas) {}
+
+  void Put(const std::string& operation, size_t replica, const at::Tensor& tensor) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    posts_[operation][replica] = tensor.clone();
+    changed_.notify_all();
+  }
+  std::map<size_t, at::Tensor> TakeAll(const std::string& operation) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return posts_[operation].size() == replicas_; });
+    return posts_[operation];
+  }
+
+ private:
+  const size_t replicas_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::map<std::string, std::map<size_t, at::Tensor>> posts_;  // guarded by mutex_
+};
+
+class BoardExchange final : public ReplicaExchange {
+ public:
+  BoardExchange(Board* board, int size, int index) : board_(board), size_(size), index_(index) {}
+
+  int size() const override { return size_; }
+  int index() const override { return index_; }
+  absl::Status BeginGather(const at::Tensor& part, const at::Tensor& whole) override {
+    if (gathering_) return absl::InternalError("two gatherings at once");
+    gathering_ = true;
+    whole_ = whole;
+    whole_.fill_(std::numeric_limits<double>::quiet_NaN());  // whoever reads before the end notices
+    board_->Put("gather " + std::to_string(++gathers_), static_cast<size_t>(index_), part);
+    return absl::OkStatus();
+  }
+  absl::Status EndGather() override {
+    if (!gathering_) return absl::InternalError("nothing to end");
+    gathering_ = false;
+    for (const auto& [replica, part] : board_->TakeAll("gather " + std::to_string(gathers_))) {
+      whole_.narrow(0, static_cast<int64_t>(replica) * part.numel(), part.numel()).copy_(part);
+    }
+    return absl::OkStatus();
+  }
+  absl::Status BeginSum(const at::Tensor& values, const std::vector<int64_t>& bounds, const at::Tensor& sum) override {
+    if (summing_) return absl::InternalError("two sums at once");
+    summing_ = true;
+    bounds_ = bounds;
+    sum_ = sum;
+    board_->Put("sum " + std::to_string(++sums_), static_cast<size_t>(index_), values);
+    return absl::OkStatus();
+  }
+  absl::Status EndSum() override {
+    if (!summing_) return absl::InternalError("nothing to end");
+    summing_ = false;
+    const auto me = static_cast<size_t>(index_);
+    for (const auto& [replica, values] : board_->TakeAll("sum " + std::to_string(sums_))) {
+      sum_.add_(values.narrow(0, bounds_[me], bounds_[me + 1] - bounds_[me]));
+    }
+    return absl::OkStatus();
+  }
+  int gathers() const { return gathers_; }
+
+ private:
+  Board* const board_;
+  const int size_;
+  const int index_;
+  bool gathering_ = false, summing_ = false;
+  int gathers_ = 0, sums_ = 0;
+  at::Tensor whole_, sum_;
+  std::vector<int64_t> bounds_;
+};
+
+struct Replicas {
+  std::vector<Result> results;
+  std::vector<HeldBytes> held;
+  std::vector<int> gathers;
+};
+
+// Replica i works on microbatches[i]; a replica with fewer than the others takes part without tokens.
+Replicas TrainReplicas(const StageOptions& base, bool shard_gradients, const std::vector<std::vector<int>>& microbatches) {
+  const int n = static_cast<int>(microbatches.size());
+  size_t rounds = 0;
+  for (const auto& mine : microbatches) rounds = std::max(rounds, mine.size());
+  Board board(microbatches.size());
+  Replicas all;
+  all.results.resize(microbatches.size());
+  all.held.resize(microbatches.size());
+  all.gathers.resize(microbatches.size());
+  std::vector<std::unique_ptr<StageModel>> stages;
+  for (int i = 0; i < n; ++i) {
+    StageOptions options = base;
+    options.num_replicas = n;
+    options.replica = i;
+    stages.push_back(Make(options));
+  }
+  std::vector<std::thread> threads;
+  for (int i = 0; i < n; ++i) {
+    threads.emplace_back([&, i] {
+      const auto me = static_cast<size_t>(i);
+      BoardExchange exchange(&board, n, i);
+      StageModel& stage = *stages[me];
+      stage.Attach(&exchange);
+      if (shard_gradients) {
+        int64_t size = 0;
+        for (const Parameter& p : stage.parameters()) size += p.master.numel();
+        std::vector<int64_t> bounds;
+        for (int k = 0; k <= n; ++k) bounds.push_back(size * k / n);
+        EXPECT_TRUE(stage.ShardGradients(&exchange, bounds).ok());
+      }
+      std::vector<MicrobatchInput> inputs;
+      for (const int m : microbatches[me]) inputs.push_back(Input(m));
+      Result& result = all.results[me];
+      for (size_t round = 0; round < rounds; ++round) {
+        if (round < inputs.size()) {
+          const auto out = stage.Forward(inputs[round], at::Tensor(), true, &result.loss);
+          EXPECT_TRUE(out.ok()) << out.status();
+        } else {
+          EXPECT_TRUE(stage.Idle(false).ok());
+        }
+        if (round < inputs.size()) {
+          const auto out = stage.Backward(inputs[round], at::Tensor());
+          EXPECT_TRUE(out.ok()) << out.status();
+        } else {
+          EXPECT_TRUE(stage.Idle(true).ok());
+        }
+      }
+      if (shard_gradients) result.gradients = stage.gradient_shard();
+      all.held[me] = stage.held_bytes();
+      all.gathers[me] = exchange.gathers();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return all;
+}
+
+TEST(Replicas, LayersAndGradientsThatAreSharedOutGiveTheSameSums) {
+  const HeldBytes whole = Make(Whole(at::kFloat))->held_bytes();
+  for (const auto& microbatches : std::vector<std::vector<std::vector<int>>>{{{0, 1}, {2, 3}}, {{0, 1}, {2}}, {{0}, {1}, {}}}) {
+    std::vector<int> every;
+    for (const auto& mine : microbatches) every.insert(every.end(), mine.begin(), mine.end());
+    const Result expected = Train(*Make(Whole(at::kFloat)), every);
+    StageOptions options = Whole(at::kFloat);
+    options.weights = WeightHome::kSharded;
+    const Replicas all = TrainReplicas(options, true, microbatches);
+    double loss = 0;
+    std::vector<at::Tensor> parts;
+    for (const Result& result : all.results) {
+      loss += result.loss;
+      parts.push_back(result.gradients);
+    }
+    EXPECT_NEAR(loss, expected.loss, 1e-6 * expected.loss);
+    EXPECT_LT((at::cat(parts) - expected.gradients).abs().max().item<double>(), 1e-5 * expected.gradients.abs().max().item<double>());
+    for (const HeldBytes& held : all.held) {
+      EXPECT_LT(held.weights, whole.weights);
+      EXPECT_LT(held.gradients, whole.gradients);
+      EXPECT_EQ(held.masters, whole.masters);
+    }
+  }
+}
+
+TEST(Replicas, ALayerThatIsStillThereIsNotGatheredAgain) {
+  StageOptions options = Whole(at::kFloat);
+  options.weights = WeightHome::kSharded;
+  const Replicas all = TrainReplicas(options, false, {{0, 1}, {2, 3}});
+  // Five layers down; up again without the last two, which are still there; down again without the first two, which are still there; and up.
+  EXPECT_THAT(all.gathers, testing::ElementsAre(5 + 3 + 3 + 3, 5 + 3 + 3 + 3));
+}
+
+TEST(Replicas, HalfOfTheLayersAndTwoBuffersIsWhatIsHeld) {
+  StageOptions options = Whole(at::kHalf);
+  const HeldBytes resident = Make(options)->held_bytes();
+  options.weights = WeightHome::kSharded;
+  options.num_replicas = 2;
+  const HeldBytes sharded = Make(options)->held_bytes();
+  // Per layer: the seven matrices with three columns per adapted module (block-diagonal: all of a stack).
+  const int64_t layer = 40 * (24 + 9) + 24 * (24 + 3) + 80 * (24 + 6) + 24 * (40 + 3);
+  const int64_t part = 2704;  // half of that, up to a multiple of 8
+  EXPECT_EQ(layer, 5400);
+  EXPECT_EQ(resident.weights - sharded.weights, 2 * (5 * layer - (5 * part + 2 * 2 * part)));
+}
+
+}  // namespace
+}  // namespace ppft::trainer
