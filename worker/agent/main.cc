@@ -99,7 +99,10 @@ int main(int argc, char** argv) {
   const absl::Status offered = Offer(devices, threads_per_slot, &options);
   if (!offered.ok()) return Fail(offered);
   if (!nccl_interface.empty()) options.trainer_environment.push_back("NCCL_SOCKET_IFNAME=" + nccl_interface);
-  if (deterministic) options.trainer_environment.push_back("PPFT_DETERMINISTIC=1");
+  if (deterministic) {
+    options.trainer_environment.push_back("PPFT_DETERMINISTIC=1");
+    options.trainer_environment.push_back("CUBLAS_WORKSPACE_CONFIG=:4096:8");  // cuBLAS promises equal bits with it alone
+  }
   if (options.address.empty()) {
     absl::StatusOr<std::string> address = ppft::agent::RouteAddress(options.coordinator);
     if (!address.ok()) return Fail(address.status());

@@ -85,7 +85,7 @@ absl::Status Work(Control& control, std::unique_ptr<Trainer>& trainer) {
     PPFT_RETURN_IF_ERROR(trainer->Connect(std::move(listener), endpoints));
     return trainer->Run();
   };
-  return ExplainMemory(run(), config, cuda);
+  return ExplainMemory(CatchTorch(config.me().device, run), config, cuda);
 }
 
 int Main(int argc, char** argv) {
