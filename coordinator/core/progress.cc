@@ -4,6 +4,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 
 namespace ppft::coordinator {
 
@@ -28,9 +29,9 @@ void ApplyStep(v1::JobStatus& status, const v1::StepReport& report) {
 }
 
 std::string SkippedText(const v1::SkippedStep& skipped) {
-  return absl::StrCat("step ", skipped.step(), " changed nothing: ", skipped.reason(), "; the loss scale ",
-                      skipped.next_loss_scale() == skipped.loss_scale() ? absl::StrCat("stays ", skipped.loss_scale())
-                                                                        : absl::StrCat("goes from ", skipped.loss_scale(), " to ", skipped.next_loss_scale()));
+  const std::string text = absl::StrFormat("step %d changed nothing: %s; the loss scale ", skipped.step(), skipped.reason());
+  if (skipped.next_loss_scale() == skipped.loss_scale()) return text + absl::StrFormat("stays %.15g", skipped.loss_scale());
+  return text + absl::StrFormat("goes from %.15g to %.15g", skipped.loss_scale(), skipped.next_loss_scale());
 }
 
 void ApplyEval(v1::JobStatus& status, const v1::EvalReport& report) {

@@ -12,9 +12,10 @@
 namespace ppft::coordinator {
 
 void ApplyStep(v1::JobStatus& status, const v1::StepReport& report);
+void ApplyEval(v1::JobStatus& status, const v1::EvalReport& report);
+
 // Why a step changed no parameter, and what became of the loss scale: a sentence for the job's events.
 std::string SkippedText(const v1::SkippedStep& skipped);
-void ApplyEval(v1::JobStatus& status, const v1::EvalReport& report);
 
 // After an attempt was given up the job stands where its newest checkpoint does; without one, at the beginning. `train` and `eval` are the
 // newest rows that are left.

@@ -198,6 +198,17 @@ TEST(Directive, PeersAreNamedOnlyWhenAllListen) {
   EXPECT_EQ(directive.rank().epoch(), 4);
 }
 
+TEST(Progress, ASkippedStepIsASentenceWithItsCauseAndTheScale) {
+  v1::SkippedStep skipped;
+  skipped.set_step(3);
+  skipped.set_reason("the loss of step 3 is not finite (stage 1)");
+  skipped.set_loss_scale(4294967296.0);
+  skipped.set_next_loss_scale(2147483648.0);
+  EXPECT_EQ(SkippedText(skipped), "step 3 changed nothing: the loss of step 3 is not finite (stage 1); the loss scale goes from 4294967296 to 2147483648");
+  skipped.set_next_loss_scale(4294967296.0);
+  EXPECT_EQ(SkippedText(skipped), "step 3 changed nothing: the loss of step 3 is not finite (stage 1); the loss scale stays 4294967296");
+}
+
 TEST(Directive, TheMergedTypeIsTheBaseModelsUnlessNamed) {
   v1::JobSpec spec;
   v1::Model model;
