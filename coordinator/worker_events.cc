@@ -5,6 +5,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "common/base/logging.h"
+#include "common/net/status.h"
 #include "coordinator/core/checkpoints.h"
 #include "coordinator/core/directive.h"
 #include "coordinator/core/job_state.h"
@@ -54,10 +55,13 @@ JobController::WorkerEntry* JobController::ByLink(const std::shared_ptr<WorkerLi
 absl::Status JobController::OnHello(const std::shared_ptr<WorkerLink>& link, const v1::WorkerHello& hello) {
   if (absl::Status status = CheckHello(hello); !status.ok()) return status;
   WorkerEntry& worker = EntryOf(hello.name());
-  if (worker.link != nullptr && worker.link != link) {
-    after_commit_.push_back([old = worker.link, name = hello.name()] { old->Close(absl::AbortedError(absl::StrCat("worker ", name, " connected again"))); });
-  }
   const bool known = worker.shown.incarnation() == hello.incarnation();
+  if (worker.link != nullptr && worker.link != link) {
+    absl::Status replaced = absl::AbortedError(absl::StrCat("worker ", hello.name(), " connected again"));
+    // Two live agents of one name would displace each other for ever: the older one is told to end.
+    if (!known) net::SetErrorInfo(&replaced, {"WORKER_REPLACED", {{"worker", hello.name()}}});
+    after_commit_.push_back([old = worker.link, replaced] { old->Close(replaced); });
+  }
   if (!known) {
     // Its trainers died with the old agent.
     if (!worker.shown.incarnation().empty()) LoseRanks(worker, "was restarted");

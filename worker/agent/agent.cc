@@ -88,6 +88,12 @@ absl::Status Agent::Run() {
   callbacks.running = [this] { return Running(); };
   callbacks.on_directive = [this](const v1::Directive& directive) { OnDirective(directive); };
   callbacks.on_connected = [this](bool connected) { metrics_->SetConnected(connected); };
+  callbacks.on_replaced = [this] {
+    std::lock_guard<std::mutex> lock(mutex_);
+    replaced_ = true;
+    shutdown_ = true;
+    changed_.notify_all();
+  };
   link_ = std::make_unique<Link>(channel_, options_.coordinator, &reports_, std::move(callbacks));
   link_->Start();
 
@@ -111,9 +117,11 @@ absl::Status Agent::Run() {
     leaving.clear();
   }
   link_->Wake(true);
-  link_->Flush(absl::Seconds(2));
+  if (!replaced_) link_->Flush(absl::Seconds(2));
   link_.reset();
-  return absl::OkStatus();
+  if (!replaced_) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat("another ppft-worker connected to ", options_.coordinator, " as \"", options_.name, "\": each worker needs a --name of its own"));
 }
 
 void Agent::Shutdown() {

@@ -69,6 +69,7 @@ class Agent {
 
   std::mutex mutex_;
   std::condition_variable changed_;
+  bool replaced_ = false;                             // guarded by mutex_
   bool shutdown_ = false;                             // guarded by mutex_
   bool dirty_ = false;                                // guarded by mutex_: Reap has something to look at
   std::map<Key, std::unique_ptr<RankRunner>> ranks_;  // guarded by mutex_: what is wanted

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/base/logging.h"
+#include "common/net/status.h"
 
 namespace ppft::agent {
 namespace {
@@ -63,6 +64,7 @@ void Link::Run() {
     const auto began = std::chrono::steady_clock::now();
     const absl::Status status = Serve();
     callbacks_.on_connected(false);
+    if (net::GetErrorInfo(status).reason == "WORKER_REPLACED") return callbacks_.on_replaced();
     std::unique_lock<std::mutex> lock(mutex_);
     if (stopping_) return;
     if (std::chrono::steady_clock::now() - began > std::chrono::seconds(5)) pause = kFirstPause;
@@ -120,11 +122,10 @@ absl::Status Link::Serve() {
     context_ = nullptr;
     changed_.notify_all();
   }
-  context.TryCancel();  // ends a write that is under way
   if (writer.joinable()) writer.join();
   const grpc::Status status = stream->Finish();
   if (status.ok()) return absl::UnavailableError("the coordinator closed the stream");
-  return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
+  return net::StatusFromGrpc(status);
 }
 
 void Link::Write(Stream* stream, int64_t acked, absl::Duration interval) {

@@ -26,6 +26,7 @@ struct LinkCallbacks {
   std::function<std::vector<v1::RankKey>()> running;  // for heartbeats
   std::function<void(const v1::Directive&)> on_directive;
   std::function<void(bool)> on_connected;
+  std::function<void()> on_replaced;  // another agent connected under this worker's name: this one has to end
 };
 
 class Link {

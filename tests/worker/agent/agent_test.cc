@@ -12,6 +12,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "common/base/sha256.h"
+#include "common/net/status.h"
 
 namespace ppft::agent {
 namespace {
@@ -29,6 +30,11 @@ class FakeCoordinator final : public v1::WorkerService::Service {
   grpc::Status Connect(grpc::ServerContext* context, Stream* stream) override {
     v1::WorkerMessage message;
     if (!stream->Read(&message)) return grpc::Status::CANCELLED;
+    if (message.hello().name() == "twin") {
+      absl::Status replaced = absl::AbortedError("connected again");
+      net::SetErrorInfo(&replaced, {"WORKER_REPLACED", {}});
+      return net::ToGrpcStatus(replaced);
+    }
     {
       std::lock_guard<std::mutex> lock(mutex);
       hellos.push_back(message.hello());
@@ -311,6 +317,18 @@ TEST_F(AgentTest, AFileThatTheCoordinatorDoesNotHaveIsAFailureNotAHang) {
   ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("failure"); }));
   std::lock_guard<std::mutex> lock(coordinator_.mutex);
   EXPECT_THAT(coordinator_.reports.back().report().failure().reason().message(), HasSubstr("train.safetensors"));
+}
+
+TEST_F(AgentTest, AnAgentWhoseNameAnotherOneTookEndsAndSaysSo) {
+  AgentOptions options;
+  options.coordinator = absl::StrCat("127.0.0.1:", port_);
+  options.name = "twin";
+  options.work_directory = directory_ + "-twin";
+  Agent twin(options, &metrics_);
+  const absl::Status status = twin.Run();
+  std::filesystem::remove_all(directory_ + "-twin");
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("\"twin\""));
 }
 
 TEST_F(AgentTest, ASecondAgentOnTheSameFolderIsRefused) {

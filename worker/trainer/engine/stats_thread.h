@@ -21,12 +21,9 @@ class Trainer::StatsThread {
  public:
   // All outlive this object; `transport` may be null. `device_bytes`: the peak on the device, 0 where the host's memory is the device.
   StatsThread(int pipeline_rank, const Activity* activity, const Transport* transport, Reporter* reporter, const std::atomic<int64_t>* device_bytes)
-      : pipeline_rank_(pipeline_rank),
-        activity_(activity),
-        transport_(transport),
-        reporter_(reporter),
-        device_bytes_(device_bytes),
-        thread_([this] { Loop(); }) {}
+      : pipeline_rank_(pipeline_rank), activity_(activity), transport_(transport), reporter_(reporter), device_bytes_(device_bytes), thread_([this] {
+          Loop();
+        }) {}
 
   ~StatsThread() {
     {

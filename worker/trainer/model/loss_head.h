@@ -16,8 +16,8 @@ class LossHead {
   // norm: [hidden], weight: [vocab, hidden], both compute dtype (weight may be the embedding's).
   LossHead(at::Tensor norm, at::Tensor weight, double eps, int64_t chunk_rows, Kernels& kernels);
 
-  // The hidden state is base + delta ([T, hidden]). Returns the sum of -log p over the targets, [1] fp64 (undefined without targets). gradient: [targets, hidden], written if defined:
-  // weight * d(sum of -log p) / d(hidden at rows).
+  // The hidden state is base + delta ([T, hidden]). Returns the sum of -log p over the targets, [1] fp64 (undefined without targets). gradient: [targets,
+  // hidden], written if defined: weight * d(sum of -log p) / d(hidden at rows).
   at::Tensor Forward(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& rows, const at::Tensor& target_ids, double weight,
                      const at::Tensor& gradient, Scratch& scratch);
   // [rows, vocab] acc.

@@ -33,7 +33,7 @@ __device__ __forceinline__ Online WarpCombine(Online x) {
   return x;
 }
 
-template <typename T, int V>
+template <typename T, int V, bool WHOLE>
 __global__ void __launch_bounds__(kThreads)
     CrossEntropyKernel(Rows<T> logits, const int64_t* targets, float weight, bool with_gradient, double* row_losses, int vocab) {
   __shared__ Online shared[32];
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
 
   Online online = {-INFINITY, 0.0f};
   for (int column = threadIdx.x * V; column < vocab; column += kThreads * V) {
-    const Vector<T, V> x = Vector<T, V>::Load(row + column);
+    const Vector<T, V> x = Vector<T, V>::template Load<WHOLE>(row + column);
     float max = ToFloat(x.at[0]);
 #pragma unroll
     for (int j = 1; j < V; ++j) max = fmaxf(max, ToFloat(x.at[j]));
@@ -65,13 +65,13 @@ __global__ void __launch_bounds__(kThreads)
 
   const float factor = weight / online.sum;
   for (int column = threadIdx.x * V; column < vocab; column += kThreads * V) {
-    Vector<T, V> x = Vector<T, V>::Load(row + column);
+    Vector<T, V> x = Vector<T, V>::template Load<WHOLE>(row + column);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const float gradient = Exp<T>(ToFloat(x.at[j]) - online.max) * factor;
       x.at[j] = FromFloat<T>(column + j == target ? gradient - weight : gradient);
     }
-    x.Store(row + column);
+    x.template Store<WHOLE>(row + column);
   }
 }
 
@@ -95,11 +95,11 @@ void CrossEntropy(Type type, int64_t rows, int64_t vocab, Matrix logits, const i
   if (rows == 0) return;
   Dispatch(type, [&](auto zero) {
     using T = decltype(zero);
-    const auto launch = [&](auto v) {
-      CrossEntropyKernel<T, decltype(v)::value>
+    const auto launch = [&](auto v, auto whole) {
+      CrossEntropyKernel<T, decltype(v)::value, decltype(whole)::value>
           <<<rows, kThreads, 0, stream>>>(Rows<T>(logits), targets, static_cast<float>(weight), with_gradient, row_losses, static_cast<int>(vocab));
     };
-    Aligned<T>(logits, vocab) ? launch(std::integral_constant<int, 16 / sizeof(T)>{}) : launch(std::integral_constant<int, 1>{});
+    ByVectors<T>(vocab, Aligned<T>(logits, vocab), launch);
   });
   CheckLaunch("CrossEntropy");
   AddLossesKernel<<<1, 256, 0, stream>>>(row_losses, rows, loss_sum);

@@ -35,13 +35,31 @@ __device__ __forceinline__ __half FromFloat<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// N elements that are moved at once.
+// N elements, which are moved at once where p is aligned (WHOLE) and one by one elsewhere.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T at[N];
 
-  static __device__ __forceinline__ Vector Load(const T* p) { return *reinterpret_cast<const Vector*>(p); }
-  __device__ __forceinline__ void Store(T* p) const { *reinterpret_cast<Vector*>(p) = *this; }
+  template <bool WHOLE = true>
+  static __device__ __forceinline__ Vector Load(const T* p) {
+    if constexpr (WHOLE) {
+      return *reinterpret_cast<const Vector*>(p);
+    } else {
+      Vector x;
+#pragma unroll
+      for (int j = 0; j < N; ++j) x.at[j] = p[j];
+      return x;
+    }
+  }
+  template <bool WHOLE = true>
+  __device__ __forceinline__ void Store(T* p) const {
+    if constexpr (WHOLE) {
+      *reinterpret_cast<Vector*>(p) = *this;
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) p[j] = at[j];
+    }
+  }
 };
 
 // A matrix's rows with their element type.
@@ -75,6 +93,15 @@ inline void CheckLaunch(const char* what) { Check(cudaGetLastError(), what); }
 template <typename T>
 bool Aligned(Matrix m, int64_t columns, int bytes = 16) {
   return reinterpret_cast<uintptr_t>(m.data) % bytes == 0 && m.stride * sizeof(T) % bytes == 0 && columns * sizeof(T) % bytes == 0;
+}
+
+// For kernels that sum over a row: calls launch(V, WHOLE) as integral constants. V depends on the columns alone, so that a sum's order does too;
+// WHOLE (`aligned`, or single elements) says how V elements are moved.
+template <typename T, typename Launch>
+void ByVectors(int64_t columns, bool aligned, Launch&& launch) {
+  constexpr int kWide = 16 / sizeof(T);
+  if (columns % kWide != 0) return launch(std::integral_constant<int, 1>{}, std::true_type{});
+  aligned ? launch(std::integral_constant<int, kWide>{}, std::true_type{}) : launch(std::integral_constant<int, kWide>{}, std::false_type{});
 }
 
 // Calls body(T{}) with the device's type.

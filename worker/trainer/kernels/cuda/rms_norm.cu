@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kMaxThreads = 512;
 
-template <typename T, int V, int ITEMS>
+template <typename T, int V, int ITEMS, bool WHOLE>
 __global__ void __launch_bounds__(kMaxThreads)
     AddRmsNormKernel(Rows<T> x, Rows<T> delta, const T* weight, float eps, Rows<T> sum, Rows<T> normed, float* rstd, int columns) {
   __shared__ float shared[32];
@@ -17,12 +17,12 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int i = 0; i < ITEMS; ++i) {
     const int column = (i * blockDim.x + threadIdx.x) * V;
     if (column >= columns) break;
-    held[i] = Vector<T, V>::Load(x[row] + column);
+    held[i] = Vector<T, V>::template Load<WHOLE>(x[row] + column);
     if (delta.data != nullptr) {
-      const Vector<T, V> d = Vector<T, V>::Load(delta[row] + column);
+      const Vector<T, V> d = Vector<T, V>::template Load<WHOLE>(delta[row] + column);
 #pragma unroll
       for (int j = 0; j < V; ++j) held[i].at[j] = FromFloat<T>(ToFloat(held[i].at[j]) + ToFloat(d.at[j]));
-      held[i].Store(sum[row] + column);
+      held[i].template Store<WHOLE>(sum[row] + column);
     }
 #pragma unroll
     for (int j = 0; j < V; ++j) squares += ToFloat(held[i].at[j]) * ToFloat(held[i].at[j]);
@@ -33,11 +33,11 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int i = 0; i < ITEMS; ++i) {
     const int column = (i * blockDim.x + threadIdx.x) * V;
     if (column >= columns) break;
-    const Vector<T, V> w = Vector<T, V>::Load(weight + column);
+    const Vector<T, V> w = Vector<T, V>::template Load<WHOLE>(weight + column);
     Vector<T, V> out;
 #pragma unroll
     for (int j = 0; j < V; ++j) out.at[j] = FromFloat<T>(ToFloat(held[i].at[j]) * scale * ToFloat(w.at[j]));
-    out.Store(normed[row] + column);
+    out.template Store<WHOLE>(normed[row] + column);
   }
 }
 
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kMaxThreads) ApplyRmsNormKernel(Rows<T> x, con
   }
 }
 
-template <typename T, int V, int ITEMS>
+template <typename T, int V, int ITEMS, bool WHOLE>
 __global__ void __launch_bounds__(kMaxThreads) RmsNormBackwardKernel(Rows<T> dnormed, Rows<T> x, const float* rstd, const T* weight, Rows<T> dx, int columns) {
   __shared__ float shared[32];
   const int64_t row = blockIdx.x;
@@ -66,9 +66,9 @@ __global__ void __launch_bounds__(kMaxThreads) RmsNormBackwardKernel(Rows<T> dno
   for (int i = 0; i < ITEMS; ++i) {
     const int column = (i * blockDim.x + threadIdx.x) * V;
     if (column >= columns) break;
-    dn[i] = Vector<T, V>::Load(dnormed[row] + column);
-    in[i] = Vector<T, V>::Load(x[row] + column);
-    const Vector<T, V> w = Vector<T, V>::Load(weight + column);
+    dn[i] = Vector<T, V>::template Load<WHOLE>(dnormed[row] + column);
+    in[i] = Vector<T, V>::template Load<WHOLE>(x[row] + column);
+    const Vector<T, V> w = Vector<T, V>::template Load<WHOLE>(weight + column);
 #pragma unroll
     for (int j = 0; j < V; ++j) dot += ToFloat(dn[i].at[j]) * ToFloat(w.at[j]) * ToFloat(in[i].at[j]);
   }
@@ -77,14 +77,14 @@ __global__ void __launch_bounds__(kMaxThreads) RmsNormBackwardKernel(Rows<T> dno
   for (int i = 0; i < ITEMS; ++i) {
     const int column = (i * blockDim.x + threadIdx.x) * V;
     if (column >= columns) break;
-    const Vector<T, V> w = Vector<T, V>::Load(weight + column);
-    Vector<T, V> out = Vector<T, V>::Load(dx[row] + column);
+    const Vector<T, V> w = Vector<T, V>::template Load<WHOLE>(weight + column);
+    Vector<T, V> out = Vector<T, V>::template Load<WHOLE>(dx[row] + column);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const float gradient = scale * (ToFloat(dn[i].at[j]) * ToFloat(w.at[j]) - ToFloat(in[i].at[j]) * scale * mean);
       out.at[j] = FromFloat<T>(ToFloat(out.at[j]) + gradient);
     }
-    out.Store(dx[row] + column);
+    out.template Store<WHOLE>(dx[row] + column);
   }
 }
 
@@ -110,16 +110,16 @@ void AddRmsNorm(Type type, int64_t rows, int64_t columns, Matrix x, Matrix delta
   if (rows == 0) return;
   Dispatch(type, [&](auto zero) {
     using T = decltype(zero);
-    const auto launch = [&](auto v) {
+    const auto launch = [&](auto v, auto whole) {
       constexpr int V = decltype(v)::value;
       ByRowLength<V>(columns, [&](int threads, auto items) {
-        AddRmsNormKernel<T, V, decltype(items)::value><<<rows, threads, 0, stream>>>(Rows<T>(x), Rows<T>(delta), static_cast<const T*>(weight), eps,
-                                                                                     Rows<T>(sum), Rows<T>(normed), rstd, static_cast<int>(columns));
+        AddRmsNormKernel<T, V, decltype(items)::value, decltype(whole)::value><<<rows, threads, 0, stream>>>(
+            Rows<T>(x), Rows<T>(delta), static_cast<const T*>(weight), eps, Rows<T>(sum), Rows<T>(normed), rstd, static_cast<int>(columns));
       });
     };
-    const bool vectors = Aligned<T>(x, columns) && Aligned<T>(delta, columns) && Aligned<T>(sum, columns) && Aligned<T>(normed, columns) &&
+    const bool aligned = Aligned<T>(x, columns) && Aligned<T>(delta, columns) && Aligned<T>(sum, columns) && Aligned<T>(normed, columns) &&
                          reinterpret_cast<uintptr_t>(weight) % 16 == 0;
-    vectors ? launch(std::integral_constant<int, 16 / sizeof(T)>{}) : launch(std::integral_constant<int, 1>{});
+    ByVectors<T>(columns, aligned, launch);
   });
   CheckLaunch("AddRmsNorm");
 }
@@ -144,15 +144,15 @@ void RmsNormBackward(Type type, int64_t rows, int64_t columns, Matrix dnormed, M
   if (rows == 0) return;
   Dispatch(type, [&](auto zero) {
     using T = decltype(zero);
-    const auto launch = [&](auto v) {
+    const auto launch = [&](auto v, auto whole) {
       constexpr int V = decltype(v)::value;
       ByRowLength<V>(columns, [&](int threads, auto items) {
-        RmsNormBackwardKernel<T, V, decltype(items)::value>
+        RmsNormBackwardKernel<T, V, decltype(items)::value, decltype(whole)::value>
             <<<rows, threads, 0, stream>>>(Rows<T>(dnormed), Rows<T>(x), rstd, static_cast<const T*>(weight), Rows<T>(dx), static_cast<int>(columns));
       });
     };
-    const bool vectors = Aligned<T>(dnormed, columns) && Aligned<T>(x, columns) && Aligned<T>(dx, columns) && reinterpret_cast<uintptr_t>(weight) % 16 == 0;
-    vectors ? launch(std::integral_constant<int, 16 / sizeof(T)>{}) : launch(std::integral_constant<int, 1>{});
+    const bool aligned = Aligned<T>(dnormed, columns) && Aligned<T>(x, columns) && Aligned<T>(dx, columns) && reinterpret_cast<uintptr_t>(weight) % 16 == 0;
+    ByVectors<T>(columns, aligned, launch);
   });
   CheckLaunch("RmsNormBackward");
 }

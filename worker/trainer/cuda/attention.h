@@ -1,0 +1,43 @@
+// Attention on a CUDA device: cuDNN where it serves, ATen's flash attention (2307.08691) where it does not and in deterministic mode, plain products in fp32.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "worker/trainer/cuda/cudnn_attention.h"
+#include "worker/trainer/cuda/documents.h"
+#include "worker/trainer/kernels/kernels.h"
+
+namespace ppft::trainer::cuda {
+
+enum class AttentionPath { kCudnn, kFlash, kProducts };
+
+class Attention {
+ public:
+  explicit Attention(const at::Device& device);
+
+  // Contracts: Kernels. lse's memory is laid out as the path likes it: Backward must find the mode (deterministic or not) of Forward.
+  void Forward(const at::Tensor& qkv, const HeadLayout& heads, const std::vector<int32_t>& cu_seqlens, const at::Tensor& out, const at::Tensor& lse);
+  void Backward(const at::Tensor& dout, const at::Tensor& qkv, const HeadLayout& heads, const std::vector<int32_t>& cu_seqlens, const at::Tensor& out,
+                const at::Tensor& lse, const at::Tensor& dqkv);
+
+  // The path that a call with these rows takes.
+  AttentionPath PathOf(const at::Tensor& qkv, const HeadLayout& heads, const Documents& documents, int64_t out_stride);
+  void set_cudnn_enabled(bool enabled) { cudnn_enabled_ = enabled; }
+  DocumentsCache& documents() { return documents_; }
+
+ private:
+  const at::Device device_;
+  DocumentsCache documents_;
+  bool cudnn_enabled_ = true;
+  bool hopper_or_later_ = false;
+  std::unique_ptr<CudnnAttention> cudnn_;
+  std::set<std::string> reported_;  // why cuDNN did not serve, each logged once
+  at::Tensor rng_state_;            // flash attention's, unused without dropout
+};
+
+}  // namespace ppft::trainer::cuda
