@@ -94,7 +94,7 @@ absl::StatusOr<WrittenFile> WriteTensorFile(const std::string& path, const std::
   PPFT_ASSIGN_OR_RETURN(model::SafetensorsWriter writer, model::SafetensorsWriter::Create(path, infos, metadata));
   return CatchTorch(path, [&]() -> absl::StatusOr<WrittenFile> {
     for (const NamedTensor& t : tensors) {
-      const at::Tensor plain = t.tensor.contiguous();
+      const at::Tensor plain = t.tensor.to(at::kCPU).contiguous();
       PPFT_RETURN_IF_ERROR(writer.Append(absl::string_view(static_cast<const char*>(plain.data_ptr()), plain.nbytes())));
     }
     PPFT_ASSIGN_OR_RETURN(std::string sha256, writer.Finish());
