@@ -36,6 +36,10 @@ class StandInWork : public JobWork {
     v1::PreparedData data;
     data.mutable_train_tokens()->set_sha256("tokens");
     data.mutable_train()->set_rows(8);
+    for (int row = 0; row < 8; ++row) {
+      data.mutable_train()->add_lengths(10);
+      data.mutable_train()->add_targets(5);
+    }
     return data;
   }
   absl::StatusOr<std::vector<v1::ArtifactManifest>> Assemble(const AssembleInput& input) override {
