@@ -9,6 +9,18 @@
 #include "coordinator/core/steps.h"
 
 namespace ppft::coordinator {
+namespace {
+
+constexpr size_t kMaxRefusals = 256;
+
+// Everything that the answer depends on.
+std::string KeyOf(const PlanRequest& request, const std::string& model) {
+  std::string key = absl::StrCat(model, "\n", request.total_steps, " ", request.supervised_ratio, " ", request.longest_row);
+  for (const PlanDevice& device : request.devices) absl::StrAppend(&key, "\n", device.worker, " ", device.id, " ", device.kind, " ", device.memory_bytes);
+  return absl::StrCat(key, "\n", request.spec.SerializeAsString());
+}
+
+}  // namespace
 
 absl::StatusOr<int64_t> JobPlanner::TotalSteps(const v1::JobRecord& record) {
   const v1::JobSpec& spec = record.job().spec();
@@ -27,6 +39,7 @@ absl::StatusOr<PlanRequest> JobPlanner::RequestFor(const v1::JobRecord& record, 
   if (train.tokens() > 0 && train.supervised_tokens() > 0) {
     request.supervised_ratio = std::min(1.0, static_cast<double>(train.supervised_tokens()) / static_cast<double>(train.tokens()));
   }
+  request.longest_row = std::max(train.longest_row(), record.prepared().eval().longest_row());
   for (const OfferedDevice& offered : devices) {
     request.devices.push_back(
         PlanDevice{offered.worker, offered.device.id(), offered.device.kind(), offered.device.memory_bytes(), std::max(1, offered.device.threads())});
@@ -48,6 +61,8 @@ PlanAttempt JobPlanner::Plan(const v1::JobRecord& record, const v1::ModelRecord&
     attempt.message = std::string(request.status().message());
     return attempt;
   }
+  const std::string key = KeyOf(*request, model.model().name());
+  if (const auto known = refusals_.find(key); known != refusals_.end()) return known->second;
   absl::StatusOr<PlanDraft> draft = DraftPlan(*request);
   absl::Status status = draft.status();
   if (draft.ok()) {
@@ -59,6 +74,8 @@ PlanAttempt JobPlanner::Plan(const v1::JobRecord& record, const v1::ModelRecord&
     attempt.plan = std::move(draft->plan);
   } else {
     attempt.message = std::string(status.message());
+    if (refusals_.size() >= kMaxRefusals) refusals_.clear();
+    refusals_[key] = attempt;
   }
   return attempt;
 }

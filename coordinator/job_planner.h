@@ -12,7 +12,8 @@
 
 namespace ppft::coordinator {
 
-// Pure but for a cache of step counts, which cost a pass over all rows. One thread.
+// Pure but for two caches: step counts, which cost a pass over all rows, and refusals, which cost a search for settings that would fit and are asked for
+// again whenever anything happens in the cluster. One thread.
 class JobPlanner {
  public:
   PlanAttempt Plan(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices);
@@ -25,7 +26,8 @@ class JobPlanner {
   absl::StatusOr<PlanRequest> RequestFor(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices);
   absl::StatusOr<int64_t> TotalSteps(const v1::JobRecord& record);
 
-  std::map<std::string, int64_t> total_steps_;  // job -> steps
+  std::map<std::string, int64_t> total_steps_;   // job -> steps
+  std::map<std::string, PlanAttempt> refusals_;  // request -> answer
 };
 
 }  // namespace ppft::coordinator

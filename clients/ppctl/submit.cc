@@ -1,5 +1,6 @@
 // submit, validate and plan: the commands that take a job.yaml.
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "clients/ppctl/commands.h"
 #include "clients/ppctl/follow.h"
@@ -38,27 +39,45 @@ std::string Place(const v1::Plan& plan, int stage) {
   return places.empty() ? "-" : absl::StrJoin(places, ", ");
 }
 
+// As devices' sizes are told: "1.5 GiB", "320 MiB".
+std::string Memory(int64_t bytes) {
+  const double mib = static_cast<double>(bytes) / (1 << 20);
+  return mib >= 1024 ? absl::StrFormat("%.1f GiB", mib / 1024) : absl::StrFormat(mib >= 10 ? "%.0f MiB" : "%.1f MiB", mib);
+}
+
+std::string StageTable(const v1::Plan& plan) {
+  std::vector<std::vector<std::string>> rows = {{"STAGE", "HOLDS", "SHARE", "ON"}};
+  double total = 0;
+  for (const v1::StagePlan& stage : plan.stages()) total += stage.forward_cost() + stage.backward_cost();
+  for (const v1::StagePlan& stage : plan.stages()) {
+    const double cost = stage.forward_cost() + stage.backward_cost();
+    rows.push_back({absl::StrCat(stage.stage()), Layers(stage), absl::StrCat(total > 0 ? static_cast<int>(100 * cost / total + 0.5) : 0, " %"),
+                    Place(plan, stage.stage())});
+  }
+  return FormatTable(rows);
+}
+
+std::string MemoryTable(const v1::Plan& plan) {
+  std::vector<std::vector<std::string>> rows = {
+      {"RANK", "STAGES", "IN FLIGHT", "WEIGHTS", "ADAPTER", "ACTIVATIONS", "WORKSPACE", "TRANSFERS", "RUNTIME", "MEMORY"}};
+  for (const v1::RankPlan& rank : plan.ranks()) {
+    const v1::MemoryEstimate& memory = rank.memory();
+    rows.push_back({absl::StrCat(rank.rank()), absl::StrJoin(rank.stages(), ","), absl::StrCat(rank.peak_activations()), Memory(memory.weight_bytes()),
+                    Memory(memory.adapter_bytes()), Memory(memory.activation_bytes()), Memory(memory.workspace_bytes()), Memory(memory.transfer_bytes()),
+                    Memory(memory.runtime_bytes()), Memory(rank.peak_bytes())});
+  }
+  return FormatTable(rows);
+}
+
 void PrintPlan(Context& context, const v1::PlanJobResponse& response) {
   const v1::Plan& plan = response.plan();
   context.out() << "schedule " << (plan.schedule().empty() ? "-" : plan.schedule()) << ", " << plan.pipeline_parallel_size() << " pipeline stages x "
                 << plan.data_parallel_size() << " replicas, " << plan.num_microbatches() << " micro-batches of " << plan.microbatch_tokens() << " tokens, "
                 << absl::StrCat(static_cast<int>(plan.predicted_bubble_ratio() * 1000 + 0.5) / 10.0) << " % bubble predicted";
   if (plan.total_steps() > 0) context.out() << ", " << plan.total_steps() << " steps";
-  context.out() << "\n\n";
-  std::vector<std::vector<std::string>> rows = {{"STAGE", "HOLDS", "WEIGHTS", "ADAPTER", "ACTIVATIONS", "SHARE", "ON"}};
-  double total = 0;
-  for (const v1::StagePlan& stage : plan.stages()) total += stage.forward_cost() + stage.backward_cost();
-  for (const v1::StagePlan& stage : plan.stages()) {
-    const double cost = stage.forward_cost() + stage.backward_cost();
-    rows.push_back({absl::StrCat(stage.stage()), Layers(stage), FormatBytes(stage.weight_bytes()), FormatBytes(stage.adapter_bytes()),
-                    FormatBytes(stage.activation_bytes()), absl::StrCat(total > 0 ? static_cast<int>(100 * cost / total + 0.5) : 0, " %"),
-                    Place(plan, stage.stage())});
-  }
-  context.out() << FormatTable(rows) << "\n";
-  for (const v1::RankPlan& rank : plan.ranks()) {
-    context.out() << "rank " << rank.rank() << ": about " << FormatBytes(rank.peak_bytes()) << ", at most " << rank.peak_activations()
-                  << " micro-batches in flight\n";
-  }
+  context.out() << "\ncompute " << (plan.compute().empty() ? "-" : plan.compute()) << ", activation checkpointing "
+                << (plan.activation_checkpointing().empty() ? "-" : plan.activation_checkpointing()) << ", ZeRO stage " << plan.zero_stage() << "\n\n";
+  context.out() << StageTable(plan) << "\n" << MemoryTable(plan) << "\n";
   if (!plan.explanation().empty()) context.out() << plan.explanation() << "\n";
   context.out() << (response.fits() ? "fits" : "does not fit") << ": needs " << response.devices_needed() << " devices, " << response.devices_present()
                 << " are there" << (response.reason().empty() ? "" : ". ") << response.reason() << "\n";

@@ -85,7 +85,7 @@ std::vector<Rule> MakeSchema() {
       {"parallel.virtual_stages", Kind::kInt, "1", 1, 64},
       {"parallel.layers_per_stage", Kind::kInts, "", 0, 10000, "", false, false, "", true},
       {"parallel.zero_stage", Kind::kInt, "1", 0, 3},
-      {"parallel.activation_checkpointing", Kind::kWord, "none", 0, 0, "none full selective"},
+      {"parallel.activation_checkpointing", Kind::kWord, "none", 0, 0, "none full selective auto"},
 
       {"evaluation.eval_steps", Kind::kInt, "100", 0, kSteps},
       {"evaluation.eval_on_start", Kind::kBool, "true"},

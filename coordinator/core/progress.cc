@@ -92,8 +92,10 @@ void ShowPlan(v1::JobStatus& status, const v1::Plan& plan) {
     shown.set_layers(LayersOf(plan, rank));
     shown.set_replica(rank.replica());
     shown.set_rank(rank.rank());
+    if (rank.has_memory()) *shown.mutable_memory() = rank.memory();
   }
   status.set_schedule(plan.schedule());
+  status.set_activation_checkpointing(plan.activation_checkpointing());
   status.set_total_steps(plan.total_steps());
 }
 

@@ -92,8 +92,14 @@ PlanSpec FromProto(const v1::Plan& plan) {
     out.stages.push_back({stage.stage(), stage.first_layer(), stage.num_layers(), stage.has_embedding(), stage.has_head()});
   }
   for (const v1::RankPlan& rank : plan.ranks()) {
-    out.ranks.push_back(
-        {rank.rank(), rank.replica(), rank.pipeline_rank(), {rank.stages().begin(), rank.stages().end()}, rank.program(), rank.device(), rank.peak_bytes()});
+    out.ranks.push_back({rank.rank(),
+                         rank.replica(),
+                         rank.pipeline_rank(),
+                         {rank.stages().begin(), rank.stages().end()},
+                         rank.program(),
+                         rank.device(),
+                         rank.peak_bytes(),
+                         rank.memory().runtime_bytes()});
   }
   return out;
 }
@@ -163,6 +169,7 @@ absl::StatusOr<TrainerConfig> FromProto(const v1::Start& start) {
   config.rank = start.rank();
   config.plan = FromProto(start.plan());
   ReadSpec(start.spec(), &config);
+  if (!start.plan().activation_checkpointing().empty()) config.activation_checkpointing = start.plan().activation_checkpointing();
   config.model_config = start.model_config();
   for (const v1::LocalTensor& tensor : start.tensors()) {
     config.tensors.push_back(

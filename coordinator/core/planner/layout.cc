@@ -135,9 +135,28 @@ model::LoraShape LoraOf(const v1::JobSpec& spec) {
   return {spec.adapter().r(), {spec.adapter().target_modules().begin(), spec.adapter().target_modules().end()}};
 }
 
-MemorySaving SavingOf(const v1::JobSpec& spec) {
-  const std::string& checkpointing = spec.parallel().activation_checkpointing();
-  return {spec.parallel().zero_stage(), DataParallelSize(spec), checkpointing.empty() ? "none" : checkpointing};
+// What `spec` asks to make again in backward; none where that is left to the planner.
+model::ActivationCheckpointing CheckpointingOf(const v1::JobSpec& spec) {
+  return model::ParseActivationCheckpointing(spec.parallel().activation_checkpointing()).value_or(model::ActivationCheckpointing::kNone);
+}
+
+model::StageMemoryOptions MemoryOptionsOf(const v1::JobSpec& spec, const model::ModelConfig& config, absl::string_view kind, int64_t compute_bytes,
+                                          const DataFacts& facts) {
+  model::StageMemoryOptions options;
+  options.cuda = kind == "cuda";
+  options.compute_bytes = compute_bytes;
+  options.longest_document = SequenceLength(spec, config);
+  if (facts.longest_row > 0) options.longest_document = std::min(options.longest_document, facts.longest_row);
+  // Packed micro-batches are filled up; others hold micro_batch_size rows, however short.
+  options.tokens = spec.training().micro_batch_size() * (spec.data().sample_packing() ? SequenceLength(spec, config) : options.longest_document);
+  options.targets = options.tokens;
+  options.head_rows = options.cuda ? model::kCudaHeadRows : model::kCpuHeadRows;
+  options.dropout = spec.adapter().lora_dropout() > 0;
+  options.evaluates = spec.data().val_set_size() > 0 || spec.data().test_datasets_size() > 0;
+  options.checkpointing = CheckpointingOf(spec);
+  options.zero_stage = spec.parallel().zero_stage();
+  options.replicas = DataParallelSize(spec);
+  return options;
 }
 
 struct Costs {
@@ -150,9 +169,9 @@ Costs CostsOf(const v1::JobSpec& spec, const model::ModelConfig& config, int64_t
   const int64_t targets = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(tokens) * supervised_ratio));
   Costs costs;
   costs.layer = model::LayerFlops(config, LoraOf(spec), tokens, SequenceLength(spec, config));
-  const std::string& checkpointing = spec.parallel().activation_checkpointing();
-  if (checkpointing == "full") costs.layer.backward += costs.layer.forward;
-  if (checkpointing == "selective") {
+  const model::ActivationCheckpointing checkpointing = CheckpointingOf(spec);
+  if (checkpointing == model::ActivationCheckpointing::kFull) costs.layer.backward += costs.layer.forward;
+  if (checkpointing == model::ActivationCheckpointing::kSelective) {
     costs.layer.backward += 4.0 * static_cast<double>(tokens) * static_cast<double>(config.hidden_size) * static_cast<double>(config.intermediate_size);
   }
   costs.head = model::HeadFlops(config, targets);
@@ -171,9 +190,8 @@ absl::StatusOr<std::vector<int>> CutLayers(const v1::JobSpec& spec, const model:
 }
 
 std::vector<v1::StagePlan> MakeStages(const v1::JobSpec& spec, const model::ModelConfig& config, const Costs& costs, const std::vector<int>& layers_per_stage,
-                                      int64_t tokens, int64_t compute_bytes) {
+                                      const model::StageMemoryOptions& options) {
   const model::LoraShape lora = LoraOf(spec);
-  const MemorySaving saving = SavingOf(spec);
   std::vector<v1::StagePlan> stages;
   int first_layer = 0;
   for (size_t s = 0; s < layers_per_stage.size(); ++s) {
@@ -186,9 +204,10 @@ std::vector<v1::StagePlan> MakeStages(const v1::JobSpec& spec, const model::Mode
     stage.set_has_head(s + 1 == layers_per_stage.size());
     stage.set_forward_cost(num_layers * costs.layer.forward + (stage.has_embedding() ? costs.embedding : 0) + (stage.has_head() ? costs.head.forward : 0));
     stage.set_backward_cost(num_layers * costs.layer.backward + (stage.has_head() ? costs.head.backward : 0));
-    stage.set_weight_bytes(StageWeightBytes(config, lora, stage, compute_bytes, saving));
-    stage.set_adapter_bytes(StageAdapterBytes(config, lora, stage, saving));
-    stage.set_activation_bytes(StageActivationBytes(config, lora, stage, tokens, compute_bytes, saving));
+    const model::StageMemory memory = StageMemoryOf(config, lora, stage, options);
+    stage.set_weight_bytes(memory.weights);
+    stage.set_adapter_bytes(memory.masters + memory.gradients + memory.moments);
+    stage.set_activation_bytes(memory.kept);
     first_layer += num_layers;
     stages.push_back(std::move(stage));
   }
@@ -236,7 +255,7 @@ std::vector<int> PipelineSizes(const v1::JobSpec& spec, const model::ModelConfig
 }
 
 absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, absl::string_view kind,
-                                  double supervised_ratio) {
+                                  const DataFacts& facts) {
   v1::JobSpec resolved = spec;
   resolved.mutable_parallel()->set_pipeline_parallel_size(pipeline_size);
   if (const std::vector<v1::Violation> violations = CheckLayout(resolved, config); !violations.empty()) {
@@ -251,12 +270,13 @@ absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelCon
   layout.num_microbatches = NumMicrobatches(spec);
   layout.compute = ResolveCompute(spec, kind);
   layout.microbatch_tokens = spec.training().micro_batch_size() * SequenceLength(spec, config);
-  const int64_t compute_bytes = ComputeBytes(layout.compute);
+  layout.checkpointing = std::string(model::WordOf(CheckpointingOf(spec)));
+  const model::StageMemoryOptions memory = MemoryOptionsOf(spec, config, kind, ComputeBytes(layout.compute), facts);
   const int num_stages = pipeline_size * layout.virtual_stages;
 
-  const Costs costs = CostsOf(spec, config, layout.microbatch_tokens, supervised_ratio);
+  const Costs costs = CostsOf(spec, config, layout.microbatch_tokens, facts.supervised_ratio);
   PPFT_ASSIGN_OR_RETURN(const std::vector<int> layers_per_stage, CutLayers(spec, config, costs, num_stages));
-  layout.stages = MakeStages(spec, config, costs, layers_per_stage, layout.microbatch_tokens, compute_bytes);
+  layout.stages = MakeStages(spec, config, costs, layers_per_stage, memory);
   layout.head_layers = (costs.head.forward + costs.head.backward) / (costs.layer.forward + costs.layer.backward);
 
   PPFT_ASSIGN_OR_RETURN(const std::vector<pipeline::Program> compute,
@@ -272,10 +292,9 @@ absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelCon
   layout.imbalance = pipeline::Imbalance(rank_costs);
   PPFT_ASSIGN_OR_RETURN(layout.simulation, pipeline::Simulate(layout.programs, {num_stages, layout.num_microbatches}, options));
   const model::LoraShape lora = LoraOf(spec);
-  const MemorySaving saving = SavingOf(spec);
   for (int rank = 0; rank < pipeline_size; ++rank) {
-    layout.peak_bytes.push_back(
-        RankPeakBytes({config, layout.stages, layout.programs[rank], layout.simulation, rank, layout.microbatch_tokens, compute_bytes, kind, lora, saving}));
+    layout.memory.push_back(RankMemory({config, lora, memory, layout.stages, layout.programs[rank], layout.simulation, rank}));
+    layout.peak_bytes.push_back(TotalBytes(layout.memory.back()));
   }
   return layout;
 }

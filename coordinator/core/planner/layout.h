@@ -17,6 +17,12 @@
 
 namespace ppft::coordinator {
 
+// What the planner knows of the prepared data.
+struct DataFacts {
+  double supervised_ratio = 1;  // supervised tokens / tokens, (0, 1]; 1 when not known: only those rows reach the head
+  int64_t longest_row = 0;      // tokens; 0 when not known
+};
+
 struct Layout {
   int data_parallel_size = 1;
   int pipeline_size = 1;
@@ -25,10 +31,12 @@ struct Layout {
   int num_microbatches = 1;       // per step and replica
   std::string compute;            // fp32 | bf16 | fp16
   int64_t microbatch_tokens = 0;  // capacity
+  std::string checkpointing;      // none | selective | full
   std::vector<v1::StagePlan> stages;
   std::vector<pipeline::Program> programs;  // per pipeline rank, with transfers
   pipeline::Simulation simulation;          // with the stages' FLOPs as costs
-  std::vector<int64_t> peak_bytes;          // per pipeline rank, estimate
+  std::vector<v1::MemoryEstimate> memory;   // per pipeline rank
+  std::vector<int64_t> peak_bytes;          // per pipeline rank: the sum of its memory
   double imbalance = 1;                     // costliest rank over the mean
   double head_layers = 0;                   // the head's cost in layers
 
@@ -43,9 +51,8 @@ std::vector<v1::Violation> CheckLayout(const v1::JobSpec& spec, const model::Mod
 // Pipeline sizes that `spec` allows, ascending: the one that it names, or, for auto, those up to `max_size` (at least one).
 std::vector<int> PipelineSizes(const v1::JobSpec& spec, const model::ModelConfig& config, int max_size);
 
-// The layout for one pipeline size on devices of `kind` (cpu | cuda). `supervised_ratio`: share of the tokens whose loss is taken, (0, 1]; only
-// those reach the head. INVALID_ARGUMENT when that size is impossible (see CheckLayout).
-absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, absl::string_view kind,
-                                  double supervised_ratio);
+// The layout for one pipeline size on devices of `kind` (cpu | cuda). activation_checkpointing: auto counts as none here. INVALID_ARGUMENT when that size is
+// impossible (see CheckLayout).
+absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, absl::string_view kind, const DataFacts& facts);
 
 }  // namespace ppft::coordinator

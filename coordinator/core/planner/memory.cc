@@ -1,6 +1,7 @@
 #include "coordinator/core/planner/memory.h"
 
 #include <algorithm>
+#include <map>
 
 #include "absl/strings/str_format.h"
 
@@ -8,89 +9,91 @@ namespace ppft::coordinator {
 namespace {
 
 constexpr int64_t kMiB = int64_t{1} << 20;
-// A process with LibTorch loaded; a CUDA context with cuBLAS, NCCL and its kernels.
+// A process with LibTorch loaded.
 constexpr int64_t kCpuRuntimeBytes = 256 * kMiB;
-constexpr int64_t kCudaRuntimeBytes = 1024 * kMiB;
-// Rows of logits at a time, as fp32, once for the logits and once for their gradient.
-constexpr int64_t kCpuHeadRows = 256;
-constexpr int64_t kCudaHeadRows = 4096;
+// A CUDA context with the kernels of LibTorch, cuBLAS and cuDNN; buffers of one NCCL communicator. Neither passes through LibTorch's allocator.
+constexpr int64_t kCudaRuntimeBytes = 640 * kMiB;
+constexpr int64_t kNcclBytes = 128 * kMiB;
+// cuBLAS's on a Hopper; smaller elsewhere.
+constexpr int64_t kCublasWorkspaceBytes = 32 * kMiB;
+// What rounding of blocks and gaps between them add to what tensors hold: 1 to 3 % measured.
+constexpr double kAllocatorRatio = 0.03;
 
-// Temporaries of one layer's backward: gradients of gate, up and their product, of q k v, and three hidden states.
-int64_t LayerWorkspace(const model::ModelConfig& config, int64_t tokens, int64_t compute_bytes) {
-  return tokens * compute_bytes * (3 * config.intermediate_size + config.query_size() + 2 * config.key_value_size() + 3 * config.hidden_size);
-}
+// A job of thousands of huge micro-batches may pass int64.
+int64_t Bounded(double bytes) { return static_cast<int64_t>(std::min(bytes, 1e18)); }
 
-double PeakActivationBytes(const RankMemoryInput& input) {
-  double held = 0, peak = 0;  // thousands of huge micro-batches pass int64
-  for (const pipeline::Action& action : input.program) {
-    const double bytes = static_cast<double>(input.stages[action.stage].activation_bytes());
-    if (action.op == pipeline::Op::kForward) peak = std::max(peak, held += bytes);
-    if (action.op == pipeline::Op::kBackward) held -= bytes;
+// Sets of activations that a stage's pool grows to: the most micro-batches between their forward and backward there.
+std::map<int, int> PeakByStage(const pipeline::Program& program) {
+  std::map<int, int> held, peak;
+  for (const pipeline::Action& action : program) {
+    if (action.op == pipeline::Op::kForward) peak[action.stage] = std::max(peak[action.stage], ++held[action.stage]);
+    if (action.op == pipeline::Op::kBackward) --held[action.stage];
   }
   return peak;
+}
+
+// Two communicators to each neighbour, one among the replicas.
+int64_t NcclBytes(const RankMemoryInput& input) {
+  int64_t communicators = input.options.replicas > 1 ? 1 : 0;
+  for (const pipeline::ChannelUse& use : input.simulation.channels) communicators += use.from == input.pipeline_rank || use.to == input.pipeline_rank ? 1 : 0;
+  return communicators * kNcclBytes;
+}
+
+int64_t TransferBytes(const RankMemoryInput& input) {
+  const int64_t hidden = model::HiddenBytes(input.config, input.options.tokens, input.options.compute_bytes);
+  int64_t messages = 0;
+  for (const pipeline::ChannelUse& use : input.simulation.channels) {
+    if (use.to == input.pipeline_rank) messages += use.peak_posted;
+    if (use.from == input.pipeline_rank) messages += std::max(1, use.peak_in_flight);
+  }
+  return Bounded(static_cast<double>(messages) * static_cast<double>(hidden));
 }
 
 }  // namespace
 
 int64_t ComputeBytes(absl::string_view compute) { return compute == "fp32" ? 4 : 2; }
 
-int64_t StageWeightBytes(const model::ModelConfig& config, const model::LoraShape& lora, const v1::StagePlan& stage, int64_t compute_bytes,
-                         const MemorySaving& saving) {
-  const int64_t layer = model::LayerParameters(config) + model::AdapterParametersOfLayer(config, lora);
-  int64_t parameters = stage.num_layers() * layer;
-  if (saving.zero_stage >= 3 && saving.replicas > 1) parameters = parameters / saving.replicas + 2 * layer;
-  const bool shared = stage.has_embedding() && stage.has_head() && config.tie_word_embeddings;
-  if (stage.has_embedding() && !shared) parameters += model::EmbeddingParameters(config);
-  if (stage.has_head()) parameters += model::HeadParameters(config);
-  return parameters * compute_bytes;
+model::StageMemory StageMemoryOf(const model::ModelConfig& config, const model::LoraShape& lora, const v1::StagePlan& stage,
+                                 const model::StageMemoryOptions& options) {
+  return model::MemoryOfStage(config, lora, {stage.num_layers(), stage.has_embedding(), stage.has_head()}, options);
 }
 
-int64_t StageAdapterBytes(const model::ModelConfig& config, const model::LoraShape& lora, const v1::StagePlan& stage, const MemorySaving& saving) {
-  const int64_t layer = 4 * model::AdapterParametersOfLayer(config, lora);
-  const int64_t whole = stage.num_layers() * layer;
-  const int64_t replicas = std::max(1, saving.replicas);
-  const int64_t moments = 2 * whole / (saving.zero_stage >= 1 ? replicas : 1);
-  const int64_t gradients = saving.zero_stage >= 2 && replicas > 1 ? whole / replicas + 2 * layer : whole;
-  return whole + gradients + moments;
+v1::MemoryEstimate RankMemory(const RankMemoryInput& input) {
+  const bool cuda = input.options.cuda;
+  const std::map<int, int> peak = PeakByStage(input.program);
+  int64_t weights = 0, adapter = 0, workspace = 0, temporary = 0;
+  double activations = 0;
+  for (const v1::StagePlan& stage : input.stages) {
+    const auto held = peak.find(stage.stage());
+    if (held == peak.end()) continue;
+    const model::StageMemory memory = StageMemoryOf(input.config, input.lora, stage, input.options);
+    weights += memory.weights;
+    adapter += memory.masters + memory.gradients + memory.moments;
+    activations += static_cast<double>(memory.kept) * held->second;
+    workspace += memory.transient + memory.scratch;
+    temporary = std::max(temporary, memory.temporary);
+    // A checkpoint's copies; on a GPU they are made on the host.
+    if (!cuda) temporary = std::max(temporary, 3 * memory.masters);
+  }
+  workspace += temporary + (cuda ? kCublasWorkspaceBytes : 0);
+  v1::MemoryEstimate estimate;
+  estimate.set_weight_bytes(weights);
+  estimate.set_adapter_bytes(adapter);
+  estimate.set_activation_bytes(Bounded(activations));
+  estimate.set_workspace_bytes(workspace);
+  estimate.set_transfer_bytes(TransferBytes(input));
+  if (cuda) estimate.set_workspace_bytes(Bounded(static_cast<double>(workspace) + kAllocatorRatio * static_cast<double>(TotalBytes(estimate))));
+  estimate.set_runtime_bytes(cuda ? kCudaRuntimeBytes + NcclBytes(input) : kCpuRuntimeBytes);
+  return estimate;
 }
 
-int64_t StageActivationBytes(const model::ModelConfig& config, const model::LoraShape& lora, const v1::StagePlan& stage, int64_t tokens, int64_t compute_bytes,
-                             const MemorySaving& saving) {
-  int64_t layer = model::ActivationBytesOfLayer(config, lora, tokens, compute_bytes);
-  if (saving.activation_checkpointing == "selective") layer -= 2 * tokens * config.intermediate_size * compute_bytes;
-  if (saving.activation_checkpointing == "full") layer = model::HiddenBytes(config, tokens, compute_bytes);
-  const int64_t layers = stage.num_layers() * layer;
-  // The head's pass leaves the gradient of its input.
-  return layers + (stage.has_head() ? model::HiddenBytes(config, tokens, compute_bytes) : 0);
-}
-
-int64_t RankPeakBytes(const RankMemoryInput& input) {
-  const bool cuda = input.kind == "cuda";
-  const int num_ranks = static_cast<int>(input.simulation.peak_activations.size());
-  int64_t bytes = cuda ? kCudaRuntimeBytes : kCpuRuntimeBytes;
-  int64_t workspace = 0;
-  bool embedding = false, head = false;
-  for (size_t s = input.pipeline_rank; s < input.stages.size(); s += num_ranks) {
-    const v1::StagePlan& stage = input.stages[s];
-    bytes += stage.weight_bytes() + stage.adapter_bytes();
-    // What is made again in backward, one layer at a time.
-    const int64_t again =
-        input.saving.activation_checkpointing == "none" ? 0 : model::ActivationBytesOfLayer(input.config, input.lora, input.tokens, input.compute_bytes);
-    if (stage.num_layers() > 0) workspace = std::max(workspace, again + LayerWorkspace(input.config, input.tokens, input.compute_bytes));
-    if (stage.has_head()) workspace = std::max(workspace, 2 * 4 * input.config.vocab_size * std::min(input.tokens, cuda ? kCudaHeadRows : kCpuHeadRows));
-    embedding |= stage.has_embedding();
-    head |= stage.has_head();
+int64_t TotalBytes(const v1::MemoryEstimate& memory) {
+  double total = 0;
+  for (const int64_t part :
+       {memory.weight_bytes(), memory.adapter_bytes(), memory.activation_bytes(), memory.workspace_bytes(), memory.transfer_bytes(), memory.runtime_bytes()}) {
+    total += static_cast<double>(part);
   }
-  // Stages of one rank share a tied embedding; a stage that holds both has counted it once already.
-  if (embedding && head && input.config.tie_word_embeddings && input.stages.size() > 1) {
-    bytes -= model::EmbeddingParameters(input.config) * input.compute_bytes;
-  }
-  const int64_t hidden = model::HiddenBytes(input.config, input.tokens, input.compute_bytes);
-  for (const pipeline::ChannelUse& use : input.simulation.channels) {
-    if (use.to == input.pipeline_rank) bytes += use.peak_posted * hidden;
-    if (use.from == input.pipeline_rank) bytes += std::max(1, use.peak_in_flight) * hidden;
-  }
-  return static_cast<int64_t>(std::min(static_cast<double>(bytes + workspace) + PeakActivationBytes(input), 1e18));
+  return Bounded(total);
 }
 
 std::string FormatBytes(int64_t bytes) {

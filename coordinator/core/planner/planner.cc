@@ -1,6 +1,9 @@
 #include "coordinator/core/planner/planner.h"
 
 #include <algorithm>
+#include <functional>
+#include <limits>
+#include <optional>
 #include <set>
 #include <utility>
 
@@ -10,6 +13,7 @@
 #include "common/base/status.h"
 #include "common/pipeline/mesh.h"
 #include "coordinator/core/planner/memory.h"
+#include "coordinator/core/planner/remedies.h"
 
 namespace ppft::coordinator {
 namespace {
@@ -28,117 +32,63 @@ std::vector<PlanDevice> WithMemory(const std::vector<PlanDevice>& devices, int64
   return enough;
 }
 
-int64_t LargestMemory(const std::vector<PlanDevice>& devices) {
-  int64_t largest = 0;
-  for (const PlanDevice& device : devices) largest = std::max(largest, device.memory_bytes);
-  return largest;
+DataFacts FactsOf(const PlanRequest& request) { return {request.supervised_ratio, request.longest_row}; }
+
+// What the job leaves to the planner, the least recomputation first; else what it asks for.
+std::vector<model::ActivationCheckpointing> CheckpointingsOf(const v1::JobSpec& spec) {
+  using model::ActivationCheckpointing;
+  if (spec.parallel().activation_checkpointing() == "auto") {
+    return {ActivationCheckpointing::kNone, ActivationCheckpointing::kSelective, ActivationCheckpointing::kFull};
+  }
+  return {model::ParseActivationCheckpointing(spec.parallel().activation_checkpointing()).value_or(ActivationCheckpointing::kNone)};
 }
 
-// The smallest allowed pipeline whose ranks find room; the smallest of all when none does.
+bool FindsRoom(const Layout& layout, const std::vector<PlanDevice>& devices) {
+  return static_cast<int>(WithMemory(devices, layout.largest_rank_bytes()).size()) >= layout.num_ranks();
+}
+
+// The smallest allowed pipeline whose ranks find room, there with the least recomputation; the smallest of all, as sparing as it may be, when none does.
+// With fewer devices than a pipeline needs, the largest device there is (of unknown size if there is none) decides about recomputation.
 absl::StatusOr<Layout> ChooseLayout(const PlanRequest& request, absl::string_view kind, const std::vector<PlanDevice>& devices) {
   const int replicas = std::max(1, request.spec.parallel().data_parallel_size());
   const int most = static_cast<int>(devices.size()) / replicas;
   const std::vector<int> sizes = PipelineSizes(request.spec, request.config, most);
-  PPFT_ASSIGN_OR_RETURN(Layout smallest, MakeLayout(request.spec, request.config, sizes.front(), kind, request.supervised_ratio));
-  if (sizes.size() == 1) return smallest;
-  for (int size : sizes) {
-    PPFT_ASSIGN_OR_RETURN(Layout layout, MakeLayout(request.spec, request.config, size, kind, request.supervised_ratio));
-    if (static_cast<int>(WithMemory(devices, layout.largest_rank_bytes()).size()) >= layout.num_ranks()) return layout;
+  v1::JobSpec spec = request.spec;
+  std::optional<Layout> fallback;
+  for (const int size : sizes) {
+    for (const model::ActivationCheckpointing checkpointing : CheckpointingsOf(request.spec)) {
+      spec.mutable_parallel()->set_activation_checkpointing(std::string(model::WordOf(checkpointing)));
+      PPFT_ASSIGN_OR_RETURN(Layout layout, MakeLayout(spec, request.config, size, kind, FactsOf(request)));
+      const bool too_few = static_cast<int>(devices.size()) < layout.num_ranks();
+      if (FindsRoom(layout, devices)) return layout;
+      if (too_few && (devices.empty() || !WithMemory(devices, layout.largest_rank_bytes()).empty())) return layout;
+      if (size == sizes.front()) fallback = std::move(layout);
+    }
   }
-  return smallest;
+  return *std::move(fallback);
 }
 
-// What to change so that a rank fits into `limit`: single settings, or, when none suffices, the mildest combination.
-class Remedies {
- public:
-  Remedies(const PlanRequest& request, const Layout& layout, absl::string_view kind, int64_t limit)
-      : request_(request), layout_(layout), kind_(kind), limit_(limit) {}
-
-  std::vector<std::string> Find() {
-    const int size = layout_.pipeline_size;
-    const bool gpipe = layout_.schedule == pipeline::ScheduleKind::kGPipe;
-    std::vector<std::string> found;
-    if (const int microbatch = LargestMicrobatch(request_.spec, size); microbatch > 0) found.push_back(MicrobatchText(microbatch));
-    if (const int larger = SmallestPipeline(request_.spec); larger > 0) found.push_back(PipelineText(larger));
-    if (gpipe && Fits(With1F1B(request_.spec), size)) found.push_back(kScheduleText);
-    if (request_.spec.parallel().activation_checkpointing() != "full" && Fits(WithCheckpointing(request_.spec), size)) {
-      found.push_back("parallel.activation_checkpointing: full");
-    }
-    if (layout_.data_parallel_size > 1 && request_.spec.parallel().zero_stage() < 3 && Fits(WithZero3(request_.spec), size)) {
-      found.push_back("parallel.zero_stage: 3");
-    }
-    const int half = request_.spec.data().sequence_len() / 2;
-    if (half >= 8 && Fits(WithSequence(half), size)) found.push_back(absl::StrCat("data.sequence_len: ", half));
-    if (!found.empty()) return found;
-
-    const v1::JobSpec milder = gpipe ? With1F1B(request_.spec) : request_.spec;
-    const std::string also = gpipe ? absl::StrCat(kScheduleText, " with ") : "";
-    if (const int microbatch = LargestMicrobatch(milder, size); microbatch > 0) return {absl::StrCat(also, MicrobatchText(microbatch))};
-    const v1::JobSpec smallest = WithMicrobatch(milder, 1);
-    if (const int larger = SmallestPipeline(smallest); larger > 0) return {absl::StrCat(also, MicrobatchText(1), " and ", PipelineText(larger))};
-    return {};
-  }
-
- private:
-  static constexpr char kScheduleText[] = "parallel.schedule: 1f1b";
-  static std::string MicrobatchText(int size) { return absl::StrCat("training.micro_batch_size: ", size); }
-  static std::string PipelineText(int size) { return absl::StrCat("parallel.pipeline_parallel_size: ", size); }
-
-  bool Fits(const v1::JobSpec& spec, int pipeline_size) const {
-    absl::StatusOr<Layout> other = MakeLayout(spec, request_.config, pipeline_size, kind_, request_.supervised_ratio);
-    return other.ok() && other->largest_rank_bytes() <= limit_;
-  }
-  static v1::JobSpec With1F1B(v1::JobSpec spec) {
-    spec.mutable_parallel()->set_schedule("1f1b");
-    return spec;
-  }
-  static v1::JobSpec WithCheckpointing(v1::JobSpec spec) {
-    spec.mutable_parallel()->set_activation_checkpointing("full");
-    return spec;
-  }
-  static v1::JobSpec WithZero3(v1::JobSpec spec) {
-    spec.mutable_parallel()->set_zero_stage(3);
-    return spec;
-  }
-  static v1::JobSpec WithMicrobatch(v1::JobSpec spec, int size) {
-    spec.mutable_training()->set_micro_batch_size(size);
-    return spec;
-  }
-  v1::JobSpec WithSequence(int length) const {
-    v1::JobSpec spec = request_.spec;
-    spec.mutable_data()->set_sequence_len(length);
-    return spec;
-  }
-
-  // Below the present one, by halves; 0 if none fits.
-  int LargestMicrobatch(const v1::JobSpec& spec, int pipeline_size) const {
-    for (int size = spec.training().micro_batch_size() / 2; size >= 1; size /= 2) {
-      if (Fits(WithMicrobatch(spec, size), pipeline_size)) return size;
-    }
-    return 0;
-  }
-  // Above the present one; 0 if none fits.
-  int SmallestPipeline(v1::JobSpec spec) const {
-    spec.mutable_parallel()->clear_layers_per_stage();
-    for (int size = layout_.pipeline_size + 1; size * layout_.virtual_stages <= request_.config.num_layers; ++size) {
-      if (Fits(spec, size)) return size;
-    }
-    return 0;
-  }
-
-  const PlanRequest& request_;
-  const Layout& layout_;
-  const absl::string_view kind_;
-  const int64_t limit_;
-};
-
 absl::Status OutOfMemory(const PlanRequest& request, const Layout& layout, absl::string_view kind, const std::vector<PlanDevice>& devices) {
-  const int64_t limit = LargestMemory(devices);
+  // Enough devices have so much: what stays below it can start.
+  std::vector<int64_t> memory;
+  for (const PlanDevice& device : devices) memory.push_back(device.memory_bytes > 0 ? device.memory_bytes : std::numeric_limits<int64_t>::max());
+  std::sort(memory.begin(), memory.end(), std::greater<>());
+  const int64_t limit = memory[static_cast<size_t>(layout.num_ranks()) - 1];
+  const int num_devices = static_cast<int>(WithMemory(devices, limit).size());
   const int worst = static_cast<int>(std::max_element(layout.peak_bytes.begin(), layout.peak_bytes.end()) - layout.peak_bytes.begin());
-  const std::vector<std::string> settings = Remedies(request, layout, kind, limit).Find();
+  v1::JobSpec spec = request.spec;
+  spec.mutable_parallel()->set_activation_checkpointing(layout.checkpointing);
+  const DataFacts facts = FactsOf(request);
+  const std::vector<std::string> settings = NearestRemedies({spec, request.config, facts, layout, kind, limit, num_devices});
+  const v1::MemoryEstimate& parts = layout.memory[static_cast<size_t>(worst)];
   return absl::ResourceExhaustedError(absl::StrCat(
-      "pipeline rank ", worst, " needs about ", FormatBytes(layout.largest_rank_bytes()), ", but the largest free ", kind, " device has ", FormatBytes(limit),
-      ": ", settings.empty() ? "use devices with more memory or a smaller model" : absl::StrCat("it would fit with ", absl::StrJoin(settings, ", or "))));
+      "pipeline rank ", worst, " needs about ", FormatBytes(layout.largest_rank_bytes()), " (weights ", FormatBytes(parts.weight_bytes()), ", activations ",
+      FormatBytes(parts.activation_bytes()), ", the rest ", FormatBytes(layout.largest_rank_bytes() - parts.weight_bytes() - parts.activation_bytes()),
+      "), but ",
+      layout.num_ranks() == 1 ? absl::StrCat("the largest free ", kind, " device has ")
+                              : absl::StrCat(layout.num_ranks(), " free ", kind, " devices have only "),
+      FormatBytes(limit), ": ",
+      settings.empty() ? "use devices with more memory or a smaller model" : absl::StrCat("it would fit with ", absl::StrJoin(settings, ", or "))));
 }
 
 std::string Explain(const Layout& layout, const std::vector<PlanDevice>& chosen, const v1::JobSpec& spec) {
@@ -152,6 +102,10 @@ std::string Explain(const Layout& layout, const std::vector<PlanDevice>& chosen,
   }
   if (layout.data_parallel_size > 1) absl::StrAppend(&text, ", ", layout.data_parallel_size, " replicas");
   const bool slow = layout.compute != "fp32" && !chosen.empty() && chosen[0].kind == "cpu";
+  if (layout.checkpointing != "none") {
+    absl::StrAppend(&text, ", ", layout.checkpointing, " activation checkpointing",
+                    spec.parallel().activation_checkpointing() == "auto" ? " (the least that fits)" : "");
+  }
   absl::StrAppend(&text, ", ", ToString(layout.schedule), " over ", layout.num_microbatches, " micro-batches of ", layout.microbatch_tokens, " tokens in ",
                   layout.compute, slow ? " (slow on CPUs: they have no fast products for it)" : "",
                   absl::StrFormat(", predicted bubble %.1f %%", 100 * layout.simulation.bubble_ratio), "; a rank needs up to ",
@@ -177,6 +131,7 @@ v1::Plan FillPlan(const PlanRequest& request, const Layout& layout, const std::v
   plan.set_total_steps(request.total_steps);
   plan.set_microbatch_tokens(layout.microbatch_tokens);
   plan.set_predicted_bubble_ratio(layout.simulation.bubble_ratio);
+  plan.set_activation_checkpointing(layout.checkpointing);
   plan.set_explanation(Explain(layout, chosen, request.spec));
   for (const v1::StagePlan& stage : layout.stages) *plan.add_stages() = stage;
   const pipeline::Mesh mesh{layout.data_parallel_size, layout.pipeline_size, layout.virtual_stages};
@@ -190,6 +145,7 @@ v1::Plan FillPlan(const PlanRequest& request, const Layout& layout, const std::v
     out.set_program(FormatProgram(layout.programs[pipeline_rank]));
     out.set_peak_activations(layout.simulation.peak_activations[pipeline_rank]);
     out.set_peak_bytes(layout.peak_bytes[pipeline_rank]);
+    *out.mutable_memory() = layout.memory[pipeline_rank];
     if (chosen.empty()) continue;
     out.set_worker(chosen[rank].worker);
     out.set_device(chosen[rank].id);

@@ -22,6 +22,7 @@ struct PlanRequest {
   int64_t total_steps = 0;
   std::vector<PlanDevice> devices;  // free and usable now, in any order
   double supervised_ratio = 1;      // supervised tokens / tokens of the prepared data, (0, 1]; 1 when not known: only those rows reach the head
+  int64_t longest_row = 0;          // tokens of the prepared data's longest row; 0 when not known
 };
 
 // A plan that may still lack devices: what `ppctl plan` shows.
@@ -35,7 +36,8 @@ struct PlanDraft {
 };
 
 // auto resolves to: pipeline_parallel_size the smallest whose ranks fit the devices' memory; data_parallel_size 1; schedule 1f1b (interleaved_1f1b with
-// virtual stages, gpipe when there are fewer micro-batches than stages); compute fp32 on CPU, bf16 on CUDA. CUDA devices are preferred if there are enough.
+// virtual stages, gpipe when there are fewer micro-batches than stages); activation_checkpointing the least that fits;
+// compute fp32 on CPU, bf16 on CUDA. CUDA devices are preferred if there are enough.
 // INVALID_ARGUMENT: "field: what is wrong and what to do", a line per violation (CheckLayout gives them one by one).
 absl::StatusOr<PlanDraft> DraftPlan(const PlanRequest& request);
 

@@ -69,7 +69,15 @@ grpc::Status FakeCoordinator::PlanJob(grpc::ServerContext*, const v1::PlanJobReq
     stage->set_has_embedding(i == 0);
     stage->set_has_head(i == 1);
     stage->set_forward_cost(1);
+    v1::RankPlan* rank = plan->add_ranks();
+    rank->set_rank(i);
+    rank->add_stages(i);
+    rank->set_peak_activations(2 - i);
+    rank->mutable_memory()->set_weight_bytes(int64_t{3} << 29);
+    rank->mutable_memory()->set_activation_bytes(int64_t{320} << 20);
+    rank->set_peak_bytes(int64_t{2} << 30);
   }
+  plan->set_activation_checkpointing("selective");
   response->set_devices_needed(2);
   response->set_devices_present(1);
   return grpc::Status::OK;

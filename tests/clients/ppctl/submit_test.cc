@@ -171,6 +171,9 @@ TEST_F(SubmitTest, PlanPrintsStages) {
   EXPECT_EQ(run.code, 0) << run.err;
   EXPECT_THAT(run.out, HasSubstr("embedding + layers 0-2"));
   EXPECT_THAT(run.out, HasSubstr("layers 3-4 + head"));
+  EXPECT_THAT(run.out, HasSubstr("activation checkpointing selective"));
+  EXPECT_THAT(run.out, HasSubstr("RANK  STAGES  IN FLIGHT  WEIGHTS"));
+  EXPECT_THAT(run.out, HasSubstr("0     0       2          1.5 GiB  0.0 MiB  320 MiB"));
   EXPECT_THAT(run.out, HasSubstr("does not fit: needs 2 devices, 1 are there"));
 }
 

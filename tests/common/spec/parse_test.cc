@@ -173,7 +173,7 @@ TEST(Parse, RefusesWithPlaceFieldAndRemedy) {
       {"parallel: {pipeline_parallel_size: 3, layers_per_stage: [1, 2]}", {"layers_per_stage has 2 numbers", "asks for 3"}},
       {"parallel: {layers_per_stage: [1, -2]}", {"parallel.layers_per_stage[1]: is \"-2\""}},
       {"parallel: {zero_stage: 4}", {"parallel.zero_stage: 4 is out of range: use a whole number from 0 to 3"}},
-      {"parallel: {activation_checkpointing: some}", {"activation_checkpointing: \"some\" is not known: use one of none, full, selective"}},
+      {"parallel: {activation_checkpointing: some}", {"activation_checkpointing: \"some\" is not known: use one of none, full, selective, auto"}},
       {"precision: {compute: fp8}", {"precision.compute: \"fp8\" is not known"}},
       {"precision: {compute: fp12}", {"precision.compute: \"fp12\" is not known; did you mean fp32?"}},
       {"precision: {loss_scale: 0}", {"loss_scale: 0 is out of range", "dynamic"}},

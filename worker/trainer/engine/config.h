@@ -60,8 +60,9 @@ struct RankSpec {
   int pipeline_rank = 0;
   std::vector<int> stages;  // ascending
   std::string program;
-  std::string device;      // "cpu:0", "cuda:1" on its worker
-  int64_t peak_bytes = 0;  // the plan's estimate
+  std::string device;         // "cpu:0", "cuda:1" on its worker
+  int64_t peak_bytes = 0;     // the plan's estimate
+  int64_t runtime_bytes = 0;  // what of it does not pass through the allocator
 };
 
 struct PlanSpec {
@@ -107,6 +108,7 @@ struct TrainerConfig {
   std::string model_config;  // config.json
   std::vector<BaseTensor> tensors;
   std::string activation_checkpointing = "none";  // none | selective | full
+  bool cuda_graphs = true;                        // of a GPU's passes, where they can be captured
   AdapterOptions adapter;
   DataOptions data;
   FileOnDisk train_tokens;

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <cmath>
@@ -109,9 +110,22 @@ absl::Status Trainer::Train() {
     if (last || due || keeps_best) PPFT_RETURN_IF_ERROR(WriteCheckpoint(new_best, eval_loss));
   }
   FillState(state_.step);
-  if (cuda_ != nullptr) Log(absl::StrFormat("device memory: %d bytes at the peak", device_peak_bytes_.load()));
+  LogPeakMemory();
   reporter_->Finished(state_, state_.step < plan().total_steps ? "early_stopping" : "max_steps");
   return absl::OkStatus();
+}
+
+void Trainer::LogPeakMemory() {
+  const RankSpec& me = config_.me();
+  if (cuda_ == nullptr) {
+    struct rusage usage = {};
+    getrusage(RUSAGE_SELF, &usage);
+    Log(absl::StrFormat("memory: %d bytes at the peak, %d planned", usage.ru_maxrss * int64_t{1024}, me.peak_bytes));
+    return;
+  }
+  const CudaMemory memory = cuda_->Memory(0);
+  Log(absl::StrFormat("device memory: %d bytes at the peak, %d planned; %d bytes outside of the allocator, %d planned", device_peak_bytes_.load(),
+                      me.peak_bytes - me.runtime_bytes, memory.device_bytes - memory.device_free_bytes - memory.reserved_bytes, me.runtime_bytes));
 }
 
 void Trainer::RecordDeviceMemory() {

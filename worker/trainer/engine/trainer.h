@@ -76,6 +76,7 @@ class Trainer {
 
   absl::Status Train();
   void RecordDeviceMemory();
+  void LogPeakMemory();
   absl::Status TrainStep(int64_t step);
   absl::StatusOr<StepSums> GatherSums();
   // NUMERIC_DIVERGENCE that names the loss or the first parameter whose gradient is not finite; OK if all are.

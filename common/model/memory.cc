@@ -1,0 +1,177 @@
+#include "common/model/memory.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <initializer_list>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "common/model/inventory.h"
+
+namespace ppft::model {
+namespace {
+
+constexpr int64_t kAccBytes = 4;  // masters, gradients, moments and statistics are fp32
+// Parts of a layer that is shared out begin at whole words.
+constexpr int64_t kPartMultiple = 8;
+// Rows that a product on a CPU makes at a time before they are copied.
+constexpr int64_t kCpuProductRows = 512;
+
+// One stack of modules that read the same input: q,k,v; o; gate,up; down.
+struct Linear {
+  int64_t in = 0;
+  int64_t out = 0;
+  int64_t lora_columns = 0;  // r per adapted module
+
+  int64_t weight_size() const { return out * (in + lora_columns); }
+};
+
+struct Linears {
+  Linear qkv, o, gate_up, down;
+
+  std::array<const Linear*, 4> all() const { return {&qkv, &o, &gate_up, &down}; }
+};
+
+Linear StackOf(const ModelConfig& config, const LoraShape& lora, std::initializer_list<int> modules) {
+  Linear linear;
+  for (const int module : modules) {
+    const std::string& name = TargetModules()[static_cast<size_t>(module)];
+    const LinearShape shape = ShapeOfModule(config, name);
+    linear.in = shape.in;
+    linear.out += shape.out;
+    if (std::find(lora.target_modules.begin(), lora.target_modules.end(), name) != lora.target_modules.end()) linear.lora_columns += lora.r;
+  }
+  return linear;
+}
+
+Linears LinearsOf(const ModelConfig& config, const LoraShape& lora) {
+  return {StackOf(config, lora, {0, 1, 2}), StackOf(config, lora, {3}), StackOf(config, lora, {4, 5}), StackOf(config, lora, {6})};
+}
+
+int64_t RowSize(const ModelConfig& config) { return config.query_size() + 2 * config.key_value_size(); }
+
+int64_t WeightBytes(const ModelConfig& config, const Linears& linears, const StageShape& stage, const StageMemoryOptions& options) {
+  int64_t layer = 0;
+  for (const Linear* linear : linears.all()) layer += linear->weight_size();
+  int64_t elements = 0;
+  if (options.zero_stage >= 3 && options.replicas > 1) {
+    const int64_t part = ((layer + options.replicas - 1) / options.replicas + kPartMultiple - 1) / kPartMultiple * kPartMultiple;
+    elements = stage.num_layers * part + 2 * options.replicas * part;
+  } else {
+    elements = stage.num_layers * layer;
+  }
+  elements += stage.num_layers * 2 * config.hidden_size;  // norms
+  const int64_t table = config.vocab_size * config.hidden_size;
+  if (stage.has_embedding || (stage.has_head && config.tie_word_embeddings)) elements += table;
+  if (stage.has_head) elements += config.hidden_size + (config.tie_word_embeddings ? 0 : table);
+  return elements * options.compute_bytes;
+}
+
+// Of one layer: [T, columns] kept in the compute type, and fp32 statistics.
+struct LayerColumns {
+  int64_t compute = 0;
+  int64_t statistics = 0;
+
+  int64_t bytes(int64_t tokens, int64_t compute_bytes) const { return tokens * (compute * compute_bytes + statistics * kAccBytes); }
+};
+
+LayerColumns ColumnsOf(const ModelConfig& config, const Linears& linears, ActivationCheckpointing checkpointing) {
+  LayerColumns columns;
+  columns.compute = config.hidden_size;
+  if (checkpointing == ActivationCheckpointing::kFull) return columns;
+  columns.compute += config.hidden_size + RowSize(config) + config.query_size();
+  for (const Linear* linear : linears.all()) columns.compute += linear->lora_columns;
+  if (checkpointing == ActivationCheckpointing::kNone) columns.compute += linears.gate_up.out;
+  columns.statistics = 2 + config.num_attention_heads;  // 1/rms twice, log-sum-exp per head
+  return columns;
+}
+
+int64_t ScratchBytes(const ModelConfig& config, const Linears& linears, const StageShape& stage, const StageMemoryOptions& options) {
+  const int64_t hidden = config.hidden_size;
+  int64_t columns = hidden + std::max(linears.qkv.lora_columns, linears.gate_up.lora_columns);  // normed input
+  columns += config.intermediate_size + linears.down.lora_columns;                              // SwiGLU's output
+  columns += hidden;                                                                            // a block's output
+  int64_t gradient = 0, dropped = 0;
+  for (const Linear* linear : linears.all()) {
+    gradient = std::max(gradient, linear->in + linear->lora_columns);
+    if (linear->lora_columns > 0) dropped = std::max(dropped, linear->in);
+  }
+  columns += gradient + (options.dropout ? dropped : 0);
+  columns += RowSize(config);                  // gradient of q k v
+  if (stage.has_embedding) columns += hidden;  // gradient of the residual stream; other stages send it on
+  int64_t elements = options.tokens * columns;
+  if (stage.has_head) elements += 3 * options.targets * hidden + std::min(options.targets, options.head_rows) * config.vocab_size;
+  return elements * options.compute_bytes;
+}
+
+// cuDNN's backward: dense copies of q k v, output and its gradient, the gradients of q k v, and a workspace of three fp32 values per query element (sums of
+// dq, and dk and dv for every query head). It rounds the tokens up so that few plans serve all micro-batches.
+int64_t CudaAttentionBytes(const ModelConfig& config, const StageMemoryOptions& options) {
+  const int64_t tokens = options.tokens, q = config.query_size();
+  if (options.compute_bytes == 4) {
+    // Plain products: scores, probabilities, their gradients and the mask of one document and group of heads.
+    const int64_t group = config.num_attention_heads / std::max<int64_t>(1, config.num_key_value_heads);
+    return 4 * (3 * group + 1) * options.longest_document * options.longest_document;
+  }
+  const int64_t step = std::max<int64_t>(1024, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(1, tokens)))) / 8);
+  const int64_t rounded = (tokens + step - 1) / step * step;
+  return tokens * options.compute_bytes * (2 * RowSize(config) + 2 * q) + rounded * kAccBytes * (3 * q + config.num_attention_heads);
+}
+
+int64_t CpuTemporaryBytes(const ModelConfig& config, const Linears& linears, const StageShape& stage, const StageMemoryOptions& options) {
+  int64_t widest = 0;
+  for (const Linear* linear : linears.all()) widest = std::max({widest, linear->out, linear->in + linear->lora_columns});
+  int64_t product = std::min(options.tokens, kCpuProductRows) * widest;
+  if (stage.has_head) product = std::max(product, std::min(options.targets, options.head_rows) * config.vocab_size);
+  return std::max(product, options.tokens * RowSize(config)) * options.compute_bytes;
+}
+
+}  // namespace
+
+absl::StatusOr<ActivationCheckpointing> ParseActivationCheckpointing(absl::string_view word) {
+  for (const auto checkpointing : {ActivationCheckpointing::kNone, ActivationCheckpointing::kSelective, ActivationCheckpointing::kFull}) {
+    if (word == WordOf(checkpointing)) return checkpointing;
+  }
+  return absl::InvalidArgumentError(absl::StrCat("activation_checkpointing \"", word, "\" is unknown: use none, selective or full"));
+}
+
+absl::string_view WordOf(ActivationCheckpointing checkpointing) {
+  switch (checkpointing) {
+    case ActivationCheckpointing::kSelective:
+      return "selective";
+    case ActivationCheckpointing::kFull:
+      return "full";
+    default:
+      return "none";
+  }
+}
+
+StageMemory MemoryOfStage(const ModelConfig& config, const LoraShape& lora, const StageShape& stage, const StageMemoryOptions& options) {
+  const Linears linears = LinearsOf(config, lora);
+  const int64_t tokens = options.tokens, bytes = options.compute_bytes;
+  StageMemory memory;
+  memory.weights = WeightBytes(config, linears, stage, options);
+
+  const int64_t of_layer = AdapterParametersOfLayer(config, lora);
+  const int64_t parameters = stage.num_layers * of_layer;
+  const bool shared = options.replicas > 1;
+  const auto part = [&](int64_t count) { return (count + options.replicas - 1) / options.replicas; };
+  memory.masters = parameters * kAccBytes;
+  if (bytes != kAccBytes) {
+    for (const Linear* linear : linears.all()) memory.masters += stage.num_layers * linear->lora_columns * linear->in * bytes;
+  }
+  memory.gradients = (shared && options.zero_stage >= 2 ? part(parameters) + 2 * of_layer : parameters) * kAccBytes;
+  memory.moments = 2 * (shared && options.zero_stage >= 1 ? part(parameters) : parameters) * kAccBytes;
+
+  memory.kept = stage.num_layers * ColumnsOf(config, linears, options.checkpointing).bytes(tokens, bytes) + tokens * int64_t{4};  // positions
+  if (stage.has_head) memory.kept += options.targets * (config.hidden_size * bytes + int64_t{8});                                 // gradient and rows
+  if (options.checkpointing != ActivationCheckpointing::kNone || options.evaluates) {
+    memory.transient = ColumnsOf(config, linears, ActivationCheckpointing::kNone).bytes(tokens, bytes) + (options.evaluates ? tokens * int64_t{4} : 0);
+  }
+  memory.scratch = ScratchBytes(config, linears, stage, options);
+  memory.temporary = options.cuda ? CudaAttentionBytes(config, options) : CpuTemporaryBytes(config, linears, stage, options);
+  return memory;
+}
+
+}  // namespace ppft::model

@@ -1,0 +1,58 @@
+// What a stage of a rank holds in memory, part by part, as the trainer allocates it (worker/trainer/model: llama_stage, activations, decoder_layer,
+// loss_head, sharded_weights; the adapter's state in worker/trainer/engine). tests/worker/trainer/model/stage_memory_test holds the two together.
+// PURE; bounds of ModelConfig keep what a device can hold within int64, larger sums are exact enough in double.
+#pragma once
+
+#include <cstdint>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "common/model/config.h"
+#include "common/model/cost.h"
+
+namespace ppft::model {
+
+// What backward makes again instead of keeping it.
+enum class ActivationCheckpointing { kNone, kSelective, kFull };
+absl::StatusOr<ActivationCheckpointing> ParseActivationCheckpointing(absl::string_view word);  // none | selective | full
+absl::string_view WordOf(ActivationCheckpointing checkpointing);
+
+struct StageShape {
+  int64_t num_layers = 0;
+  bool has_embedding = false;
+  bool has_head = false;
+};
+
+struct StageMemoryOptions {
+  bool cuda = false;
+  int64_t compute_bytes = 4;     // of an element: fp32 4, bf16 and fp16 2
+  int64_t tokens = 0;            // of the largest micro-batch
+  int64_t targets = 0;           // of its tokens, those whose loss is taken, at most
+  int64_t longest_document = 0;  // tokens
+  int64_t head_rows = 256;       // rows of logits at a time
+  bool dropout = false;          // on the adapters' inputs
+  bool evaluates = false;        // forward passes without a backward
+  ActivationCheckpointing checkpointing = ActivationCheckpointing::kNone;
+  int zero_stage = 0;  // 1: moments, 2: gradients too, 3: the layers' matrices too are shared out over the replicas
+  int replicas = 1;
+};
+
+// Rows of logits at a time in the trainer: on a CPU they have to stay in cache.
+inline constexpr int64_t kCpuHeadRows = 256;
+inline constexpr int64_t kCudaHeadRows = 2048;
+
+// Bytes. All but `kept` once per stage, whatever the number of micro-batches.
+struct StageMemory {
+  int64_t weights = 0;    // frozen, with the adapters' columns ([W | sB]) and, shared out, the two buffers that layers are gathered into
+  int64_t masters = 0;    // fp32, and the compute copies of A beside them
+  int64_t gradients = 0;  // fp32; shared out: this replica's part and two layers' buffers
+  int64_t moments = 0;    // fp32, two of AdamW
+  int64_t kept = 0;       // for backward, of one micro-batch of `tokens`
+  int64_t transient = 0;  // one layer's activations: what backward makes again, or a pass without a backward
+  int64_t scratch = 0;    // buffers that all layers share, the logits' among them
+  int64_t temporary = 0;  // of the largest operation: copies, gradients and workspace of attention; on a CPU also of the products
+};
+
+StageMemory MemoryOfStage(const ModelConfig& config, const LoraShape& lora, const StageShape& stage, const StageMemoryOptions& options);
+
+}  // namespace ppft::model
