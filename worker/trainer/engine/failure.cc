@@ -41,7 +41,7 @@ FailureReport DescribeFailure(const absl::Status& status, int64_t step) {
   } else if (absl::IsResourceExhausted(status)) {
     report.code = "OUT_OF_DEVICE_MEMORY";
     report.owner = "USER";
-    report.remedy = "lower training.micro_batch_size or data.sequence_len, or use more pipeline stages";
+    report.remedy = "lower training.micro_batch_size or data.sequence_len, set parallel.activation_checkpointing: full, or use more pipeline stages";
   } else if (absl::IsInvalidArgument(status)) {
     report.code = "SPEC_INVALID";
     report.owner = "USER";
