@@ -28,6 +28,7 @@ def add_arguments(parser, cases, variants):
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--shape", choices=["tiny"], help="a small model and short documents in every case")
     parser.add_argument("--json", metavar="FILE", help="lines are added to it")
+    parser.add_argument("--traces", metavar="DIR", help="timelines of ours (Chrome traces) are kept there")
     parser.add_argument("--limit", type=float, default=150, metavar="S", help="a case of one side that takes longer is ended; default 150")
     parser.add_argument("--budget", type=float, metavar="S", help="nothing is begun after so many seconds, and what runs then is ended")
     parser.add_argument("--steps", type=int, help="measured steps of ours; default 24")
@@ -50,6 +51,9 @@ def parse(parser, cases, variants):
         for name in given:
             if name not in known:
                 parser.error(f"there is no {what} {name}: {', '.join(known)}")
+    if args.traces:
+        args.traces = os.path.abspath(args.traces)
+        os.makedirs(args.traces, exist_ok=True)
     args.bundle = os.path.abspath(args.bundle or os.path.join(ROOT, "build"))
     if args.tokenizer is None:
         packed = os.path.join(args.bundle, "tokenizer")
@@ -110,18 +114,15 @@ class BenchRun:
         folder = os.path.join(self.work, f"service-{shape}")
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder)
-        return OurSide(self.args.bundle, folder, os.path.join(self.work, "models"), devices, self.watch)
+        return OurSide(self.args.bundle, folder, os.path.join(self.work, "models"), devices, self.watch, self.args.traces)
 
     def peer_cases(self, program, ranks_for, cases, log_name, values=None):
         """Results of the peer's process one by one, with what the driver saw while each was measured."""
         environment = {**peers.environment(self.work, self.peers_folder), **(values or {})}
         for line in peers.run_cases(program, ranks_for, cases, self.limit, os.path.join(self.work, log_name + ".log"), environment):
             window = line.pop("timed", None)
-            if window and self.watch.samples:
-                line["gpu_busy"] = self.watch.busy_share(*window)
-                device = self.watch.peak_bytes(*window)
-                if device:
-                    line.setdefault("peak_gib", {})["device"] = [round(peak / 2**30, 2) for peak in device]
+            if window:
+                line.update(self.watch.figures(*window, line.get("peak_gib", {})))
             yield line
 
     def write_ids(self, name, documents):

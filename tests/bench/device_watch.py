@@ -37,14 +37,16 @@ class DeviceWatch:
             except self.nvml.NVMLError:
                 continue  # one sample less
 
-    def peak_bytes(self, begin, end):
-        """Of each device, over what was in use before anything was measured; None where nobody looked."""
-        found = [used for at, used, _ in self.samples if begin <= at <= end]
-        return [max(column) - base for column, base in zip(zip(*found), self.baseline)] if found else None
-
-    def busy_share(self, begin, end):
-        found = [busy for at, _, busy in self.samples if begin <= at <= end]
-        return [round(sum(column) / len(column) / 100, 3) for column in zip(*found)] if found else None
+    def figures(self, begin, end, peaks):
+        """What was seen from `begin` to `end`, for a result's line: "gpu_busy" of each device, and "peak_gib", which is `peaks` and the memory of each "device" over
+        what was in use before anything was measured. Empty where nobody looked."""
+        found = [(used, busy) for at, used, busy in self.samples if begin <= at <= end]
+        if not found:
+            return {}
+        used, busy = zip(*found)
+        peak = [max(column) - base for column, base in zip(zip(*used), self.baseline)]
+        return {"gpu_busy": [round(sum(column) / len(column) / 100, 3) for column in zip(*busy)],
+                "peak_gib": {**peaks, "device": [round(bytes_ / 2**30, 2) for bytes_ in peak]}}
 
     def close(self):
         self.closed.set()

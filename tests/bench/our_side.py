@@ -1,28 +1,28 @@
-"""The benches' jobs through the running service: speed, memory and the trainers' time by kind, read as any user would."""
+"""The benches' jobs through the running service: speed, memory and what each rank did with its time, read as any user would."""
 import json
 import os
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 import time
-import urllib.request
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "gpu"))
 from bundle_service import Service, ServiceError
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
-BUSY = re.compile(r'^ppft_stage_busy_seconds_total\{(.*)\} (\S+)$', re.M)
+TRACED_STEPS = 3
 
 
 class OurSide:
-    """A service of its own in the folder `work`, which down() removes."""
+    """A service of its own in the folder `work`, which down() removes. The timelines of its jobs go to the folder `traces`, by default `work`, too."""
 
-    def __init__(self, bundle, work, models, devices, watch):
+    def __init__(self, bundle, work, models, devices, watch, traces=None):
         self.work, self.watch = work, watch
         self.service = Service(bundle, work, models, devices)
+        self.traces = traces or work
         self.worker_ready = None  # time.time() when the coordinator listed the worker
-        self.metrics_address = None
 
     def up(self, model, folder, with_worker=True):
         self.service.start_coordinator()
@@ -34,10 +34,8 @@ class OurSide:
 
     def start_worker(self):
         self.worker_started = time.time()
-        workers = self.service.start_worker()
+        self.service.start_worker()
         self.worker_ready = time.time()
-        self.metrics_address = workers[0].get("metrics_address", "")
-        return workers
 
     def down(self):
         self.service.down()
@@ -56,83 +54,77 @@ class OurSide:
                 raise ServiceError(f"{job} does not reach QUEUED")
             time.sleep(0.02)
 
-    def busy_seconds(self, job):
-        """{stage: {kind: seconds so far}} as the worker's /metrics has it."""
-        try:
-            text = urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=5).read().decode()
-        except OSError:
-            return {}
-        found = {}
-        for labels, value in BUSY.findall(text):
-            labels = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-            if labels.get("job") == job:
-                found.setdefault(labels["stage"], {})[labels["kind"]] = float(value)
-        return found
+    def trace(self, job, name):
+        """Asks for a timeline of the next steps: (process, file)."""
+        path = os.path.join(self.traces, name + ".trace.json")
+        command = [os.path.join(self.service.bin, "ppctl"), "--timeout", "60s", "trace", job, "--steps", str(TRACED_STEPS), "-o", path]
+        return subprocess.Popen(command, env=self.service.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), path
 
     def follow(self, job, spec, warm_up, limit):
-        """Waits for the job's end; the figures of its steps after `warm_up`."""
+        """Waits for the job's end; the figures of its steps after `warm_up`, without those that a timeline was made of."""
         begin, steps = time.time(), spec["training"]["max_steps"]
-        first_step = timed_from = last_step = None
-        busy = []
+        first_step = timed_from = last_step = tracing = None
         while True:
             status = self.service.status(job)
             now, step = time.time(), int(status.get("step", 0))
-            if step >= 1 and first_step is None:
-                first_step = now
+            first_step = first_step or (now if step >= 1 else None)
+            last_step = last_step or (now if step >= steps else None)
             if step >= warm_up and timed_from is None:
                 timed_from = now
-            if step >= steps and last_step is None:
-                last_step = now
+                if steps - step > TRACED_STEPS:
+                    tracing = self.trace(job, spec["name"])
             if status["state"] in ENDED:
                 break
             if now - begin > limit:
                 self.service.ppctl("cancel", job, check=False)
+                if tracing:
+                    tracing[0].kill()
                 return {"killed": f"after the limit of {limit:.0f} s, at step {step} of {steps}"}
-            if first_step is not None:
-                if step < steps:
-                    busy.append(self.busy_seconds(job))
-                time.sleep(0.2)
-            else:
-                time.sleep(0.01)
+            time.sleep(0.01 if first_step is None else 0.1)
         if status["state"] != "SUCCEEDED":
             return {"failed": (status.get("reason") or {}).get("message") or status["state"]}
-        rows = self.service.rows(job)
-        training = spec["training"]
-        tokens = training["micro_batch_size"] * spec["data"]["sequence_len"] * training["gradient_accumulation_steps"]
-        speeds = [float(row["tokens_per_second"]) for row in rows[warm_up:] if row.get("tokens_per_second")]
+        self.first_step = first_step
+        busy, traced = busy_share(*tracing) if tracing else (None, range(0))
+        rows, training = self.service.rows(job), spec["training"]
+        full = training["micro_batch_size"] * spec["data"]["sequence_len"] * training["gradient_accumulation_steps"]
+        speeds = [float(row["tokens_per_second"]) for row in rows[warm_up:] if int(row["step"]) not in traced]
         seen, supervised = int(status["tokens_seen"]), int(status["supervised_tokens"])
-        speed = statistics.median(speeds)
+        speed, a_step = statistics.median(speeds), seen / len(rows)
         out = {
-            "tokens_per_second": round(speed, 1), "supervised_tokens_per_second": round(speed * supervised / seen, 1),
-            "step_ms": round(1e3 * seen / len(rows) / speed, 2), "steps": len(speeds), "warm_up": warm_up, "tokens_per_step": round(seen / len(rows), 1),
-            "micro_batch_fill": round(seen / len(rows) / tokens, 4), "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"],
-            "submit_to_first_step_s": round(first_step - begin, 2) if first_step else None, "busy_share": share_of_kinds(busy),
+            "tokens_per_second": round(speed, 1), "supervised_tokens_per_second": round(speed * supervised / seen, 1), "step_ms": round(1e3 * a_step / speed, 2),
+            "steps": len(speeds), "warm_up": warm_up, "tokens_per_step": round(a_step, 1), "micro_batch_fill": round(a_step / full, 4),
+            "first_loss": round(rows[0]["loss"], 5), "last_loss": round(rows[-1]["loss"], 5), "submit_to_first_step_s": round(first_step - begin, 2),
+            "busy_share": busy, "layers": [stage.get("layers") for stage in status.get("assignment", [])],
         }
         peaks = self.service.peak_bytes(job)
         if peaks:
             out["peak_gib"] = {"trainer": [round(peak / 2**30, 2) for peak in peaks]}
-        end = last_step or time.time()
-        if self.watch.samples:
-            out["gpu_busy"] = self.watch.busy_share(timed_from or begin, end)
-            device = self.watch.peak_bytes(begin, end)
-            if device:
-                out.setdefault("peak_gib", {})["device"] = [round(peak / 2**30, 2) for peak in device]
-        if status.get("assignment"):
-            out["layers"] = [stage.get("layers") for stage in status["assignment"]]
-        self.first_step = first_step
+        out.update(self.watch.figures(timed_from, last_step or time.time(), out.get("peak_gib", {})))
         return out
 
 
-def share_of_kinds(samples):
-    """Between the first and the last sample: {stage: {kind: share of the trainer's thread}}."""
-    samples = [sample for sample in samples if sample]
-    if len(samples) < 2:
-        return None
-    out = {}
-    for stage, last in samples[-1].items():
-        first = samples[0].get(stage, {})
-        grown = {kind: seconds - first.get(kind, 0.0) for kind, seconds in last.items()}
-        total = sum(grown.values())
-        if total > 0:
-            out[stage] = {kind: round(seconds / total, 3) for kind, seconds in sorted(grown.items()) if seconds / total >= 0.0005}
-    return out or None
+def busy_share(process, path):
+    """({"times": "device" or "host", rank: {kind: share of its time}}, steps that were traced) from a timeline; (None, no steps) if there is none."""
+    try:
+        if process.wait(60) != 0:
+            return None, range(0)
+        with open(path) as f:
+            trace = json.load(f)
+    except (subprocess.TimeoutExpired, OSError, ValueError):
+        process.kill()
+        return None, range(0)
+    about, shares = trace["otherData"], {}
+    spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    for rank in sorted({span["pid"] for span in spans}):
+        mine = [span for span in spans if span["pid"] == rank]
+        steps = [span for span in mine if span["cat"] == "steps"]
+        whole = max(span["ts"] + span["dur"] for span in steps) - min(span["ts"] for span in steps)
+        kinds = {}
+        for span in mine:
+            action = re.match(r"\d+([FB])\d+$", span["name"])
+            kind = ("forward" if action.group(1) == "F" else "backward") if action else span["cat"]
+            if kind != "steps":
+                kinds[kind] = kinds.get(kind, 0.0) + span["dur"]
+        kinds["rest"] = max(0.0, whole - sum(kinds.values()))
+        shares[f"stage {rank}"] = {kind: round(span / whole, 3) for kind, span in kinds.items()}
+    return {"times": about.get("times"), **shares}, range(int(about["first_step"]), int(about["last_step"]) + 1)

@@ -4,7 +4,13 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from our_side import busy_share
+from report import OURS, Target
+from workload import SHAPES, adapter_weights, step_flops
 
 
 def run(tmp_path, bench, *flags):
@@ -52,3 +58,46 @@ def test_two_stages_against_torch_pipelining(tmp_path):
 def test_a_peer_past_its_limit_is_a_line(tmp_path):
     lines, _ = run(tmp_path, "gpu_vs_peft", "--limit", "1", "--peers-only", "--which", "peft", "--cases", "1b-8x2048")
     assert "after the limit" in next(line["killed"] for line in lines if "case" in line)
+
+
+# What a token costs at 2048 tokens, in GFLOP, by hand: 4 (N_linear + h V) + 3 A + 6 P_lora.
+@pytest.mark.parametrize("shape, weights, gflop", [("1b", 11_272_192, 5.41), ("8b", 41_943_040, 31.9)])
+def test_model_flops(shape, weights, gflop):
+    assert adapter_weights(SHAPES[shape]) == weights
+    assert step_flops(SHAPES[shape], [2048]) / 2048 / 1e9 == pytest.approx(gflop, rel=2e-3)
+    assert step_flops(SHAPES[shape], [1024, 1024]) < step_flops(SHAPES[shape], [2048])
+
+
+def line(side, speed=None, peak=None, **more):
+    return {"case": "c", "side": side, "tokens_per_second": speed, "peak_gib": peak or {}, **more}
+
+
+@pytest.mark.parametrize("metric, lines, ratio, met", [
+    ("tokens_per_second", [line(OURS, 130), line("a", 100)], 1.3, "aim"),
+    ("tokens_per_second", [line(OURS, 110), line("a", 100)], 1.1, "target"),
+    ("tokens_per_second", [line(OURS, 130), line("a", 100), line("b", 200)], 0.65, "missed"),  # the better of the two counts
+    ("peak_gib", [line(OURS, peak={"trainer": [8.0, 12.0]}), line("a", peak={"allocated": 10.0}), line("b", peak={"allocated": 16.0})], 1.2, "missed"),
+    ("peak_gib", [line(OURS, peak={"trainer": [9.0]}), line("a", peak={"allocated": 10.0})], 0.9, "aim"),
+])
+def test_ratios(metric, lines, ratio, met):
+    less = metric == "peak_gib"
+    found = Target("c", ["a", "b"], metric, 1.0, 0.9 if less else 1.25).compare(lines)
+    assert found["ratio"] == pytest.approx(ratio) and found["met"] == met
+
+
+def test_no_ratio_without_both_sides():
+    target = Target("c", ["a"], "tokens_per_second", 1.0, 1.25)
+    assert target.compare([line(OURS, 100), line("a", skipped="not installed: a")]) is None
+    assert target.compare([line(OURS, failed="out of memory"), line("a", 100)]) is None
+
+
+def test_shares_of_a_timeline(tmp_path):
+    span = lambda rank, row, name, begin, duration: {"ph": "X", "pid": rank, "cat": row, "name": name, "ts": begin, "dur": duration, "args": {"step": 7}}
+    events = [span(0, "steps", "step 7", 0, 50), span(0, "compute", "0F0", 0, 10), span(0, "compute", "0B0", 20, 15), span(0, "receives", "0RECV_B0", 10, 10),
+              span(0, "optimizer", "optimizer", 45, 5), {"ph": "M", "name": "process_name", "pid": 0, "tid": 0, "args": {"name": "rank 0"}}]
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"traceEvents": events, "otherData": {"first_step": 7, "last_step": 7, "times": "device"}}))
+    shares, steps = busy_share(subprocess.Popen(["true"]), path)
+    assert shares == {"times": "device", "stage 0": {"forward": 0.2, "backward": 0.3, "receives": 0.2, "optimizer": 0.1, "rest": 0.2}}
+    assert list(steps) == [7]
+    assert busy_share(subprocess.Popen(["false"]), path) == (None, range(0))
