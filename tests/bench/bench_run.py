@@ -9,7 +9,7 @@ import time
 import peers
 from device_watch import DeviceWatch
 from our_side import OurSide
-from report import Report, machine, print_table, read_lines
+from report import Report, machine, print_markdown, print_table, read_lines
 from workload import Documents
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -39,6 +39,7 @@ def add_arguments(parser, cases, variants):
     parser.add_argument("--work", help="models and logs stay there; default: a new folder in /dev/shm or the temporary one, removed at the end")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", nargs="+", metavar="FILE", help="only the table, of these files")
+    parser.add_argument("--markdown", action="store_true", help="the table as the README has it, too")
 
 
 def parse(parser, cases, variants):
@@ -136,6 +137,8 @@ class BenchRun:
         for comparison in comparisons:
             self.report.add(comparison)
         print_table(self.report.lines, comparisons)
+        if self.args.markdown:
+            print_markdown(self.report.lines)
         print(f"\n{time.monotonic() - self.begin:.0f} s in all")
         return 1 if any(line.get("side") in ours and ("failed" in line or "killed" in line) for line in self.report.lines) else 0
 
@@ -148,4 +151,6 @@ def show(args, cases, targets):
     elif args.table:
         lines = read_lines(args.table)
         print_table(lines, [found for found in (target.compare(lines) for target in targets) if found])
+        if args.markdown:
+            print_markdown(lines)
     return bool(args.list or args.table)

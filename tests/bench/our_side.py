@@ -1,4 +1,5 @@
 """The benches' jobs through the running service: speed, memory and what each rank did with its time, read as any user would."""
+import datetime
 import json
 import os
 import re
@@ -54,6 +55,18 @@ class OurSide:
                 raise ServiceError(f"{job} does not reach QUEUED")
             time.sleep(0.02)
 
+    def phases(self, job):
+        """Where the time before the first step went, in seconds, from the job's events and log lines."""
+        read = lambda what: [json.loads(line) for line in self.service.ppctl(what, job, "-o", "json").splitlines() if line.strip()]
+        moved = {}
+        for event in read("events"):
+            moved.setdefault(event["to"].replace("JOB_STATE_", ""), seconds_of(event["time"]))
+        loads = [float(found.group(1)) for found in (re.search(r"loaded in ([\d.]+) s", line["text"]) for line in read("logs")) if found]
+        if not loads or not {"STARTING", "RUNNING"} <= moved.keys() or self.first_step is None:
+            return None
+        return {"fetch_and_start": round(moved["RUNNING"] - moved["STARTING"] - max(loads), 2), "load": max(loads),
+                "first_step": round(self.first_step - moved["RUNNING"], 2)}
+
     def trace(self, job, name):
         """Asks for a timeline of the next steps: (process, file)."""
         path = os.path.join(self.traces, name + ".trace.json")
@@ -101,6 +114,12 @@ class OurSide:
             out["peak_gib"] = {"trainer": [round(peak / 2**30, 2) for peak in peaks]}
         out.update(self.watch.figures(timed_from, last_step or time.time(), out.get("peak_gib", {})))
         return out
+
+
+def seconds_of(text):
+    """Of a timestamp of the service, as time.time() counts; it may have more digits than Python reads."""
+    whole, _, digits = text.rstrip("Z").partition(".")
+    return datetime.datetime.fromisoformat(whole + "+00:00").timestamp() + float("0." + (digits or "0"))
 
 
 def busy_share(process, path):

@@ -67,10 +67,10 @@ def value_of(line, metric):
 
 
 class Target:
-    """ours / peer of `metric` in `case`; the bound is a least ratio, or a largest one where less is better. `peers`: the best of those that ran counts."""
+    """ours / peer of `metric` in `case`; the bound is a least ratio, or a largest one where less is better. `peers`: the best of those that ran counts. `aim_value`: what ours itself is to reach, instead of a ratio."""
 
-    def __init__(self, case, peers, metric, first, aim, other_case=None):
-        self.case, self.peers, self.metric, self.first, self.aim, self.other_case = case, peers, metric, first, aim, other_case or case
+    def __init__(self, case, peers, metric, first, aim, other_case=None, aim_value=None):
+        self.case, self.peers, self.metric, self.first, self.aim, self.other_case, self.aim_value = case, peers, metric, first, aim, other_case or case, aim_value
         self.less = metric in ("peak_gib", "start_to_first_step_s")
 
     def compare(self, lines):
@@ -83,10 +83,12 @@ class Target:
             return None
         peer = (min if self.less else max)(theirs, key=theirs.get)
         ratio = ours / theirs[peer]
-        meets = lambda bound: bound is not None and (ratio <= bound if self.less else ratio >= bound)
+        meets = lambda value, bound: bound is not None and (value <= bound if self.less else value >= bound)
+        best = meets(ours, self.aim_value) if self.aim_value else meets(ratio, self.aim)
+        # Without bounds it is told for information.
+        met = "aim" if best else "target" if meets(ratio, self.first) else "" if (self.first, self.aim, self.aim_value) == (None,) * 3 else "missed"
         return {"compared": self.case, "with": peer if self.other_case == self.case else f"{peer} {self.other_case}", "metric": self.metric, "ours": ours,
-                "theirs": theirs[peer], "ratio": round(ratio, 3), "target": self.first, "aim": self.aim,
-                "met": "aim" if meets(self.aim) else "target" if meets(self.first) else "missed"}
+                "theirs": theirs[peer], "ratio": round(ratio, 3), "target": self.first, "aim": self.aim, "aim_value": self.aim_value, "met": met}
 
 
 def print_table(lines, comparisons):
@@ -117,4 +119,27 @@ def print_table(lines, comparisons):
         print(f"\n{'compared':14} {'with':20} {'what':29} {'ours':>10} {'theirs':>10} {'ratio':>7} {'target':>7} {'aim':>6}")
     for c in comparisons:
         print(f"{c['compared']:14} {c['with']:20} {c['metric']:29} {c['ours']:>10,.1f} {c['theirs']:>10,.1f} {c['ratio']:>7.2f} {number(c['target'], '.2f'):>7} "
-              f"{number(c['aim'], '.2f'):>6}  {c['met']}")
+              f"{number(c['aim'], '.2f') or number(c['aim_value'], '.0f') + (' s' if c['aim_value'] else ''):>6}  {c['met']}")
+
+
+def print_markdown(lines):
+    """The figures as the README has them: a row a case, ours first, then each peer with ours / peer."""
+    cases = {}
+    for line in lines:
+        if "side" in line:
+            cases.setdefault(line["case"], {})[line["side"]] = line
+    print("\n| case | ppft | peers (ppft / peer) | peak memory (of ppft / peer) |\n|---|---|---|---|")
+    for case, sides in cases.items():
+        ours = sides.get(OURS, {})
+        metric = next((name for name in ("tokens_per_second", "start_to_first_step_s") if name in ours), None)
+        if metric is None:
+            continue
+        if "ragged" in case:
+            metric = "supervised_tokens_per_second"
+        form = (lambda value: f"{value:.1f} s") if metric.endswith("_s") else (lambda value: f"{value / 1000:.1f}k tokens/s")
+        others = {side: line for side, line in sides.items() if side != OURS and line.get(metric)}
+        speed = ", ".join(f"{side} {form(line[metric])} ({ours[metric] / line[metric]:.2f})" for side, line in others.items())
+        peak = peak_of(ours)
+        memory = ", ".join(f"{side} {peak_of(line):.1f} ({peak / peak_of(line):.2f})" for side, line in others.items() if peak and peak_of(line))
+        mfu_text = f", MFU {ours['mfu']:.2f}" if ours.get("mfu") else ""
+        print(f"| {case} | {form(ours[metric])}{mfu_text} | {speed} | {f'{peak:.1f} GiB; {memory}' if peak else ''} |")
