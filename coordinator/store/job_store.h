@@ -110,6 +110,8 @@ class JobStore {
   virtual absl::Status PutBlob(const BlobRow& blob) = 0;  // an existing row stays
   virtual absl::StatusOr<absl::optional<BlobRow>> GetBlob(const std::string& sha256) = 0;
   virtual absl::Status DeleteBlob(const std::string& sha256) = 0;
+  // Blobs made before that nothing refers to (see IsReferenced); some of them.
+  virtual absl::StatusOr<std::vector<std::string>> ListUnusedBlobs(absl::Time before) = 0;
   // True if a dataset, model, artifact, checkpoint or a job's prepared data still names the content.
   virtual absl::StatusOr<bool> IsReferenced(const std::string& sha256) = 0;
 

@@ -204,6 +204,19 @@ TEST_F(StoreTest, ContentsAreReferencedAsLongAsSomethingNamesThem) {
   EXPECT_THAT(*store_->ListCheckpoints("job-a"), IsEmpty());
 }
 
+TEST_F(StoreTest, ABlobThatNothingRefersToIsUnused) {
+  v1::Dataset dataset;
+  dataset.set_id("ds-1");
+  dataset.set_sha256("used");
+  const absl::Time then = absl::FromUnixSeconds(1000);
+  ASSERT_TRUE(Write([&]() -> absl::Status {
+                for (const char* sha256 : {"used", "unused"}) EXPECT_TRUE(store_->PutBlob({sha256, 1, then}).ok());
+                return store_->PutDataset(dataset);
+              }).ok());
+  EXPECT_THAT(*store_->ListUnusedBlobs(then), IsEmpty()) << "none is older";
+  EXPECT_THAT(*store_->ListUnusedBlobs(then + absl::Seconds(1)), testing::ElementsAre("unused"));
+}
+
 TEST_F(StoreTest, WaitingReportsAreSortedByStepAndRankAndGoWithTheAttempt) {
   Insert(Record("job-a"));
   v1::RankKey rank;
