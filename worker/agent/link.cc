@@ -61,13 +61,13 @@ void Link::Run() {
   std::chrono::milliseconds pause = kFirstPause;
   std::string told;
   while (true) {
-    const auto began = std::chrono::steady_clock::now();
+    welcomed_ = false;
     const absl::Status status = Serve();
     callbacks_.on_connected(false);
     if (net::GetErrorInfo(status).reason == "WORKER_REPLACED") return callbacks_.on_replaced();
     std::unique_lock<std::mutex> lock(mutex_);
     if (stopping_) return;
-    if (std::chrono::steady_clock::now() - began > std::chrono::seconds(5)) pause = kFirstPause;
+    if (welcomed_) pause = kFirstPause;
     // Once per cause: the coordinator may be away for hours.
     if (told != status.message()) LogWarning("no link to the coordinator at ", coordinator_, ": ", status.message(), "; trying again, trainers go on");
     told = std::string(status.message());
@@ -96,6 +96,7 @@ absl::Status Link::Serve() {
         case v1::CoordinatorMessage::kWelcome: {
           if (writer.joinable()) break;
           LogInfo("linked to the coordinator at ", coordinator_);
+          welcomed_ = true;
           callbacks_.on_connected(true);
           reports_->Acknowledge(message.welcome().acked_seq());
           const int64_t acked = message.welcome().acked_seq();

@@ -65,6 +65,7 @@ class Link {
   bool reports_due_ = false;                // guarded by mutex_
   grpc::ClientContext* context_ = nullptr;  // guarded by mutex_; of the live stream
   std::atomic<int64_t> applied_revision_ = 0;
+  bool welcomed_ = false;  // the last stream came to life; own thread only
   std::thread thread_;
 };
 
