@@ -1,4 +1,7 @@
-"""Runs every C++ and Python case of the built tree and closes with one line of counts. Called by tests/run; exit code 1 when a case failed or none ran."""
+"""Runs every C++ and Python case of the built tree and closes with one line of counts. Called by tests/run; exit code 1 when a case failed or none ran.
+
+Python files are shared out to several pytest processes (lanes.py), one of which begins when the C++ programs are done.
+"""
 import argparse
 import collections
 import json
@@ -9,34 +12,91 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+TIMES = ROOT / "build" / "log" / "times.json"  # seconds of each Python file in earlier runs
 PROGRAM_SECONDS, PYTHON_SECONDS = 900, 3600
 Case = collections.namedtuple("Case", "name result text")  # result: passed | failed | skipped
 
 
-def run(command, log, seconds, show=False, cwd=ROOT, environment=None):
-    """Exit code; output goes to the log (and to the terminal). A command past its time is killed with its children."""
-    with subprocess.Popen(command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                          start_new_session=True) as process:
-        signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
-        signal.alarm(seconds)
+class Console:
+    """The log and the terminal, for several threads."""
+
+    def __init__(self, log):
+        self.lock, self.log = threading.Lock(), log
+
+    def note(self, who, line):
+        with self.lock:
+            self.log.write(f"{who}| {line}\n")
+            self.log.flush()
+
+    def show(self, text):
+        with self.lock:
+            print(text, flush=True)
+
+
+class Running:
+    """Processes under way: they end with this one."""
+
+    def __init__(self):
+        self.lock, self.processes, self.over = threading.Lock(), set(), False
+
+    def start(self, command, **options):
+        with self.lock:
+            if self.over:
+                raise SystemExit("interrupted")
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, **options)
+            self.processes.add(process)
+        return process
+
+    def forget(self, process):
+        if not self.over:
+            with self.lock:
+                self.processes.discard(process)
+
+    def kill(self, process):
         try:
-            for line in process.stdout:
-                log.write(line)
-                if show:
-                    sys.stdout.write(line)
-                    sys.stdout.flush()
-            code = process.wait()
-        except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
-            raise
-        finally:
-            signal.alarm(0)
-            log.flush()
-    return code
+        except ProcessLookupError:
+            pass
+
+    def end(self):
+        """An interrupt first: pytest takes down what its cases started."""
+        with self.lock:
+            self.over = True
+            for process in self.processes:
+                try:
+                    os.killpg(process.pid, signal.SIGINT)
+                except ProcessLookupError:
+                    pass
+            deadline = time.monotonic() + 30
+            for process in self.processes:
+                try:
+                    process.wait(timeout=max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    self.kill(process)
+
+
+RUNNING = Running()
+
+
+def run(command, console, who, seconds, cwd=ROOT, environment=None, shown=None):
+    """Exit code; output goes to the log, and to the terminal what `shown` finds in a line. A command past its time is killed with its children."""
+    process = RUNNING.start(command, cwd=cwd, env=environment)
+    timer = threading.Timer(seconds, RUNNING.kill, [process])
+    timer.start()
+    try:
+        for line in process.stdout:
+            console.note(who, line.rstrip("\n"))
+            if shown is not None and shown(line):
+                console.show(line.rstrip("\n"))
+        return process.wait()
+    finally:
+        timer.cancel()
+        RUNNING.forget(process)
 
 
 def programs():
@@ -62,7 +122,7 @@ def list_cases(command):
     return names
 
 
-def run_program(name, command, folder, regex, log):
+def run_program(name, command, folder, regex, console):
     names = list_cases(command)
     if names is None:
         return [Case(name, "failed", f"{command[0]} does not list its cases")]
@@ -72,7 +132,10 @@ def run_program(name, command, folder, regex, log):
     with tempfile.TemporaryDirectory() as out:
         report = pathlib.Path(out) / "report.json"
         chosen = [] if len(wanted) == len(names) else ["--gtest_filter=" + ":".join(wanted)]
-        code = run([*command, *chosen, f"--gtest_output=json:{report}"], log, PROGRAM_SECONDS, cwd=folder)
+        scratch = pathlib.Path(out) / "tmp"
+        scratch.mkdir()
+        environment = {**os.environ, "TEST_TMPDIR": f"{scratch}/", "TMPDIR": str(scratch)}
+        code = run([*command, *chosen, f"--gtest_output=json:{report}"], console, name, PROGRAM_SECONDS, cwd=folder, environment=environment)
         cases = []
         if report.exists():
             for suite in json.loads(report.read_text())["testsuites"]:
@@ -88,22 +151,81 @@ def run_program(name, command, folder, regex, log):
     return cases
 
 
-def run_python(regex, log):
-    with tempfile.TemporaryDirectory() as out:
-        report = pathlib.Path(out) / "report.xml"
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tests", "PPFT_TEST_REGEX": regex.pattern, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "name_filter", "-q", "--tb=short", "-rfEs", f"--junitxml={report}", "-o", "junit_family=xunit1", "tests"]
-        code = run(command, log, PYTHON_SECONDS, show=True, environment=environment)
-        cases = []
-        if report.exists():
-            for case in xml.etree.ElementTree.parse(report).getroot().iter("testcase"):
-                name = f"{case.get('file') or case.get('classname')}::{case.get('name')}"
-                bad = [child for child in case if child.tag in ("failure", "error")]
-                skip = case.find("skipped")
-                problem = bad[0] if bad else skip
-                cases.append(Case(name, "failed" if bad else "skipped" if skip is not None else "passed", "" if problem is None else problem.get("message") or ""))
+def run_programs(regex, console):
+    cases = []
+    for name, command, folder in programs():
+        begun = time.monotonic()
+        done = run_program(name, command, folder, regex, console) if command else [Case(name, "failed", "not built")]
+        cases += done
+        if done:
+            counts = collections.Counter(case.result for case in done)
+            console.show(f"  {name}: " + ", ".join(f"{count} {result}" for result, count in sorted(counts.items())) + f" in {time.monotonic() - begun:.1f} s")
+    return cases
+
+
+def run_lane(number, regex, console, shared):
+    """One pytest process over the files that no other has taken; its cases, and seconds by file."""
+    report = shared / f"report-{number}.xml"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tests", "PPFT_TEST_REGEX": regex.pattern, "PPFT_TEST_LANES": str(shared), "HF_HUB_OFFLINE": "1",
+                   "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "lanes", "-q", "--tb=short", "-rfEs", f"--junitxml={report}", "-o", "junit_family=xunit1", "tests"]
+    telling, last_words = False, []
+
+    def shown(line):
+        nonlocal telling
+        telling = telling or re.fullmatch(r"=+ (FAILURES|ERRORS) =+\n?", line) is not None
+        if telling:
+            last_words.append(line)
+        return not telling and re.fullmatch(r"  tests/\S+: .* in [\d.]+ s\n?", line) is not None
+
+    code = run(command, console, f"pytest-{number}", PYTHON_SECONDS, environment=environment, shown=shown)
+    if code and last_words:
+        console.show("".join(last_words))
+    cases, seconds = [], collections.Counter()
+    if report.exists():
+        for case in xml.etree.ElementTree.parse(report).getroot().iter("testcase"):
+            file = case.get("file") or case.get("classname")
+            seconds[file] += float(case.get("time") or 0)
+            bad = [child for child in case if child.tag in ("failure", "error")]
+            skip = case.find("skipped")
+            problem = bad[0] if bad else skip
+            cases.append(Case(f"{file}::{case.get('name')}", "failed" if bad else "skipped" if skip is not None else "passed", "" if problem is None else problem.get("message") or ""))
     if code not in (0, 5) and not any(case.result == "failed" for case in cases):
         cases.append(Case("pytest", "failed", f"pytest ended with {code} and names no failed case"))
+    return cases, seconds
+
+
+def run_all(regex, console):
+    """Cases of all programs and files."""
+    lanes = 1 if (os.cpu_count() or 1) == 1 else max(2, min(4, os.cpu_count() // 2))
+    times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    cases, problems, lock = [], [], threading.Lock()
+    with tempfile.TemporaryDirectory() as shared:
+        (pathlib.Path(shared) / "times.json").write_text(json.dumps(times))
+
+        def lane(number):
+            try:
+                done = run_programs(regex, console) if number == 0 else []
+                of_python, seconds = run_lane(number, regex, console, pathlib.Path(shared))
+                with lock:
+                    cases.extend(done + of_python)
+                    times.update(seconds)
+            except BaseException as error:
+                problems.append(error)
+                RUNNING.end()
+
+        threads = [threading.Thread(target=lane, args=[number]) for number in range(lanes)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            RUNNING.end()
+    if problems:
+        raise problems[0]
+    TIMES.parent.mkdir(parents=True, exist_ok=True)
+    TIMES.write_text(json.dumps(times, indent=1, sort_keys=True))
     return cases
 
 
@@ -116,19 +238,9 @@ def main():
         regex = re.compile(arguments.regex)
     except re.error as error:
         sys.exit(f"'{arguments.regex}' is no regular expression: {error}")
-    cases = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with open(arguments.log, "a") as log:
-        for name, command, folder in programs():
-            begun = time.monotonic()
-            if not command:
-                done = [Case(name, "failed", "not built")]
-            else:
-                done = run_program(name, command, folder, regex, log)
-            cases += done
-            if done:
-                counts = collections.Counter(case.result for case in done)
-                print(f"  {name}: " + ", ".join(f"{count} {result}" for result, count in sorted(counts.items())) + f" in {time.monotonic() - begun:.1f} s", flush=True)
-        cases += run_python(regex, log)
+        cases = run_all(regex, Console(log))
         counts = collections.Counter(case.result for case in cases)
         lines = [f"skipped: {case.name}: {case.text.strip()}" for case in cases if case.result == "skipped"]
         lines += [f"FAILED: {case.name}: {case.text.strip()[:600]}" for case in cases if case.result == "failed"]

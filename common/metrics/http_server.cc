@@ -2,7 +2,10 @@
 #include <prometheus/registry.h>
 #include <prometheus/text_serializer.h>
 
+#include <atomic>
+#include <chrono>
 #include <mutex>
+#include <thread>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -70,7 +73,26 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const std::string&
 }
 
 HttpServer::HttpServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-HttpServer::~HttpServer() { mg_stop(impl_->context); }
+
+HttpServer::~HttpServer() {
+  // The accepting thread looks every two seconds whether it should end; a connection wakes it.
+  std::atomic<bool> stopped = false;
+  std::thread knock([&] {
+    const size_t colon = impl_->address.rfind(':');
+    int port = 0;
+    if (!absl::SimpleAtoi(impl_->address.substr(colon + 1), &port)) return;
+    while (!stopped) {
+      char error[128];
+      if (mg_connection* connection = mg_connect_client(impl_->address.substr(0, colon).c_str(), port, 0, error, sizeof(error)))
+        mg_close_connection(connection);
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    }
+  });
+  mg_stop(impl_->context);
+  stopped = true;
+  knock.join();
+}
+
 const std::string& HttpServer::address() const { return impl_->address; }
 
 }  // namespace ppft::metrics

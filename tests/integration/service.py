@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ STORIES15M = ROOT / ".deps" / "models" / "stories15M"
 DEMO = ROOT / "deploy" / "demo"
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 
-torch.set_num_threads(max(1, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the cores belong to the trainers
 
 
 def wait_for(what, check, seconds=300.0, every=0.1):
@@ -96,12 +97,25 @@ class Cluster:
     def step(self, job):
         return int(self.status(job)["step"])
 
+    def step_now(self, job):
+        """As `step`, from the metrics: cheap enough to be asked without a pause. 0 while the coordinator is away or has not heard of a step."""
+        try:
+            found = re.search(rf'^ppft_job_step{{job="{job}"}} (\S+)$', self.metrics(), re.MULTILINE)
+        except OSError:
+            return 0
+        return int(float(found[1])) if found else 0
+
     def submit(self, spec, name="job.yaml", *arguments):
         (self.dir / name).write_text(json.dumps(spec, indent=1))  # JSON is YAML
         return self.ppctl("submit", name, "-o", "name", *arguments).stdout.strip()
 
     def finish(self, job, state="SUCCEEDED", seconds=900):
-        wait_for(f"{job} to end", lambda: self.state(job) in ENDED, seconds, every=0.25)
+        end = time.monotonic() + seconds
+        while self.state(job) not in ENDED and time.monotonic() < end:
+            try:
+                self.ppctl("watch", job, expect=None, timeout=max(1.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                break
         assert self.state(job) == state, self.ppctl("get", job, "-o", "yaml").stdout[-3000:] + self.ppctl("events", job).stdout[-3000:] + self.logs()
 
     def fetch(self, job, kind="adapter"):
@@ -254,21 +268,21 @@ def oracle_losses(model, tokenizer, rows, spec):
     schedule = get_cosine_schedule_with_warmup(optimizer, training["warmup_steps"], training["max_steps"])
     batch = training["micro_batch_size"] * training["gradient_accumulation_steps"]
     assert len(rows) % batch == 0, "whole steps only: the last step of an epoch would be shorter"
+    encoded = [encode(tokenizer, row) for row in rows]
     losses = []
     for step in range(training["max_steps"]):
-        encoded = [encode(tokenizer, rows[(step * batch + index) % len(rows)]) for index in range(batch)]
-        targets = sum(label != -100 for _, labels in encoded for label in labels[1:])
+        rows_of_step = [encoded[(step * batch + index) % len(rows)] for index in range(batch)]
+        longest = max(len(ids) for ids, _ in rows_of_step)
+        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows_of_step])  # behind its row: a causal model never looks at padding
+        labels = torch.tensor([labels[1:] + [-100] * (longest - len(labels)) for _, labels in rows_of_step])
         optimizer.zero_grad()
-        total = 0.0
-        for ids, labels in encoded:
-            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum") / targets
-            loss.backward()
-            total += loss.item()
+        logits = model(input_ids=ids).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (labels != -100).sum()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, training["max_grad_norm"])
         optimizer.step()
         schedule.step()
-        losses.append(total)
+        losses.append(loss.item())
     return losses
 
 

@@ -103,17 +103,8 @@ def oracle(model, rows, spec):
     return out
 
 
-@pytest.fixture
-def one_thread():
-    """For matrices so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("cluster", [3], indirect=True)
-def test_other_models_and_schedules_against_peft(cluster, tiny, tmp_path, one_thread):
+def test_other_models_and_schedules_against_peft(cluster, tiny, tmp_path):
     """Uneven last steps, Windows line ends, a byte order mark, a list of rows, emoji at the boundary, a base model named by its path."""
     from peft import LoraConfig, get_peft_model
     rows = short_rows(19)

@@ -60,7 +60,7 @@ def test_recomputation_changes_no_loss(cluster, plain, mode):
 
 
 def test_a_job_goes_on_in_its_mesh_after_a_kill(cluster, plain):
-    spec = laid_out(plain[0], 2, 2, 3, training={"max_steps": 300, "gradient_accumulation_steps": EFFECTIVE // 2})
+    spec = laid_out(plain[0], 2, 2, 3, training={"max_steps": 150, "gradient_accumulation_steps": EFFECTIVE // 2})
     _, undisturbed = run(cluster, spec)
     job = cluster.submit(spec)
     wait_for("a checkpoint", lambda: int(cluster.status(job).get("checkpoint_step", 0)) >= 10, every=0.02)
@@ -89,3 +89,51 @@ def test_an_overflow_is_skipped_and_told(cluster, plain):
     assert events.count("STEP_SKIPPED") == skipped
     assert "the loss scale goes from" in events and "is not finite" in events
     assert f'ppft_job_skipped_steps_total{{job="{job}"}} {skipped}' in cluster.metrics()
+
+
+def deepspeed_scales(overflows, scale, window, hysteresis, consecutive):
+    """The loss scale after each step by DeepSpeed's DynamicLossScaler.update_scale, restated."""
+    iteration, last_overflow, left, scales = 0, -1, hysteresis, []
+    for overflow in overflows:
+        if overflow:
+            if hysteresis == 1 or left == 1:
+                scale = max(scale / 2, 1.0)
+            else:
+                left -= 1
+            last_overflow = iteration
+        else:
+            if consecutive:
+                left = hysteresis
+            if (iteration - last_overflow) % window == 0:
+                if not consecutive:
+                    left = hysteresis
+                scale *= 2
+        iteration += 1
+        scales.append(scale)
+    return scales
+
+
+OVERFLOWS = (3, 5, 16, 17, 23, 25, 26)  # one after another, with a good step between, and around the end of a window
+
+
+@pytest.mark.parametrize("dp, pp, consecutive, power", [(2, 1, False, 19), (1, 2, True, 18)])
+def test_the_loss_scale_follows_deepspeed_over_overflows_at_chosen_steps(cluster, tiny, dp, pp, consecutive, power):
+    """The gradient of a logit is the scale over the step's targets: with one target a row it leaves fp16's range, with some 150 it does not."""
+    rows = []
+    for step in range(1, 33):
+        for row in demo_rows(2):
+            words = row["document"].split()
+            rows.append({"prompt": words[0], "completion": " a" if step in OVERFLOWS else " " + " ".join(words[1:71])})
+    spec = make_spec(tiny, write_rows(cluster.dir / "chosen.jsonl", rows), data={"sequence_len": 256, "train_on_eos": "none"},
+                     parallel={"data_parallel_size": dp, "pipeline_parallel_size": pp, "zero_stage": 2 if dp > 1 else 0},
+                     training={"max_steps": 32, "micro_batch_size": 1, "gradient_accumulation_steps": 2 // dp, "learning_rate": 0.001},
+                     precision={"compute": "fp16", "loss_scale": "dynamic", "initial_scale_power": power, "loss_scale_window": 5, "hysteresis": 2, "consecutive_hysteresis": consecutive})
+    expected = deepspeed_scales([step in OVERFLOWS for step in range(1, 33)], 2.0**power, 5, 2, consecutive)
+    assert 2.0**18 <= min(expected) and max(expected) <= 2.0**20, "below, the chosen steps would not overflow; above, the others would"
+    job, losses = run(cluster, spec)
+    trained = [row for row in cluster.json("metrics", job)["rows"] if row.get("loss") is not None]
+    assert [int(row["step"]) for row in trained if row.get("skipped")] == list(OVERFLOWS)
+    assert [float(row["loss_scale"]) for row in trained] == expected
+    assert all(map(math.isfinite, losses))
+    status = cluster.status(job)
+    assert int(status["skipped_steps"]) == len(OVERFLOWS) and float(status["loss_scale"]) == expected[-1]

@@ -14,7 +14,7 @@ def service(tiny, tmp_path_factory):
 
 
 def spec_of(service, tiny, steps, **changes):
-    return make_spec(tiny, service.dir / "train.jsonl", training={"max_steps": steps, "warmup_steps": 1}, **changes)
+    return make_spec(tiny, service.dir / "train.jsonl", training={"max_steps": steps, "gradient_accumulation_steps": 2, "warmup_steps": 1}, **changes)
 
 
 def test_two_jobs_for_two_slots_queue_up_and_both_finish(service, tiny):
@@ -29,11 +29,14 @@ def test_two_jobs_for_two_slots_queue_up_and_both_finish(service, tiny):
 
 
 def test_a_higher_priority_goes_first(service, tiny):
-    running = service.submit(spec_of(service, tiny, 300, name="running"))
+    running = service.submit(spec_of(service, tiny, 50000, name="running"))
     wait_for("it to run", lambda: service.state(running) == "RUNNING", every=0.02)
     low = service.submit(spec_of(service, tiny, 5, name="low", priority=10))
     high = service.submit(spec_of(service, tiny, 5, name="high", priority=90))
-    for job in (running, low, high):
+    wait_for("both to wait", lambda: {service.state(low), service.state(high)} == {"QUEUED"})
+    service.ppctl("cancel", running)
+    service.finish(running, "CANCELLED")
+    for job in (low, high):
         service.finish(job)
     started = {job: service.json("get", job)["start_time"] for job in (low, high)}
     assert started[high] < started[low]
@@ -102,7 +105,7 @@ def test_follow_ends_with_the_job_and_events_tell_its_road(service, tiny):
 
 
 def test_metrics_are_clean_and_prometheus_understands_them(service, tiny):
-    job = service.submit(spec_of(service, tiny, 300, name="metrics"))
+    job = service.submit(spec_of(service, tiny, 50000, name="metrics"))
     wait_for("steps", lambda: service.step(job) > 5, every=0.05)
     text = service.metrics()
     for name in ("ppft_job_state", "ppft_job_step", "ppft_job_loss", "ppft_job_tokens_total", "ppft_job_tokens_per_second", "ppft_queue_depth", "ppft_workers", "ppft_rpc_requests_total",
@@ -110,4 +113,5 @@ def test_metrics_are_clean_and_prometheus_understands_them(service, tiny):
         assert f"\n{name}{{" in text or f"\n{name} " in text, f"no {name}"
     lint = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
     assert lint.returncode == 0, lint.stdout + lint.stderr
-    service.finish(job)
+    service.ppctl("cancel", job)
+    service.finish(job, "CANCELLED")

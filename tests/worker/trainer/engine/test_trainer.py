@@ -200,6 +200,33 @@ def test_a_checkpoint_moves_to_another_mesh(start, calm, tmp_path, dp, pp, zero,
     assert relative([e for _, e in again.evals()], [e for step, e in calm.evals() if step > 20]) < 1e-4
 
 
+LAYOUTS = [dict(dp=1, pp=4, zero=0, schedule='gpipe'), dict(dp=2, pp=2, zero=3, schedule='1f1b'), dict(dp=1, pp=2, zero=0, schedule='interleaved_1f1b', virtual=2),
+           dict(dp=4, pp=1, zero=2, schedule='gpipe'), dict(dp=2, pp=2, zero=1, schedule='gpipe'), dict(dp=1, pp=5, zero=0, schedule='1f1b'), dict(dp=2, pp=1, zero=0, schedule='interleaved_1f1b', virtual=2),
+           dict(dp=1, pp=1, zero=0, schedule='1f1b')]
+
+
+def test_one_run_moves_through_every_kind_of_layout(start, calm, tmp_path):
+    """Cut off after every fifth step and taken up by other replicas, stages, ZeRO and schedule: the curve is the undisturbed one."""
+    start = {**start, 'spec': {**start['spec'], 'checkpoint': {**start['spec']['checkpoint'], 'save_steps': '5'}}}
+    losses, evals, kept, done = [], [], {}, 0
+    for number, layout in enumerate(LAYOUTS):
+        layout = dict(layout)
+        here = {**start, 'plan': {**start['plan'], 'zero_stage': layout.pop('zero'), 'num_microbatches': 8 // layout['dp']}}
+        if done:
+            here['resume'], here['resume_files'] = kept[done]
+            if (best := int(here['resume']['state']['best_step'])) in kept:
+                here['best'], here['best_files'] = kept[best]
+        last = number == len(LAYOUTS) - 1
+        run = Run(here, tmp_path / str(number), kill=None if last else (0, done + 7), ok=last, **layout)
+        done += 5
+        kept[done] = run.checkpoint(done)
+        losses += run.losses() if last else [row['loss'] for row in run.rows() if int(row['step']) <= done]
+        evals += [e for e in run.evals() if last or e[0] <= done]
+    assert relative(losses, calm.losses()) < 1e-4
+    assert [step for step, _ in evals] == [step for step, _ in calm.evals()]
+    assert relative([e for _, e in evals], [e for _, e in calm.evals()]) < 1e-4
+
+
 @pytest.mark.parametrize('mode', ['selective', 'full'])
 def test_activation_checkpointing_changes_no_byte(start, calm, tmp_path, mode):
     run = Run({**start, 'spec': {**start['spec'], 'parallel': {'activation_checkpointing': mode}}}, tmp_path, pp=2)
