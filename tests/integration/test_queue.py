@@ -43,7 +43,7 @@ def test_a_higher_priority_goes_first(service, tiny):
 
 
 def test_a_job_for_more_devices_than_there_are_says_so_and_lets_others_pass(service, tiny):
-    big = service.submit(spec_of(service, tiny, 5, name="big", parallel={"pipeline_parallel_size": 4}))
+    big = service.submit(merge(spec_of(service, tiny, 5, name="big"), {"parallel": {"pipeline_parallel_size": 4}, "training": {"gradient_accumulation_steps": 4}}))
     wait_for("the queue", lambda: service.state(big) == "QUEUED")
     small = service.submit(spec_of(service, tiny, 5, name="small", parallel={"pipeline_parallel_size": 1}))
     service.finish(small)
