@@ -90,6 +90,18 @@ class Service:
         """What each rank on a GPU reserved there at most, as its trainer says at the end."""
         return [int(n) for n in re.findall(r"device memory: (\d+) bytes at the peak", self.ppctl("logs", job, check=False))]
 
+    def memory(self, job):
+        """By rank: the plan's estimate and the peak that the trainer measured. On a GPU without what does not pass through LibTorch's allocator, which is
+        told beside it (context and NCCL, planned and found)."""
+        line = re.compile(r"rank-(\d+) .*memory: (\d+) bytes at the peak, (\d+) planned(?:; (-?\d+) bytes outside of the allocator, (\d+) planned)?")
+        ranks = {}
+        for rank, peak, planned, outside, planned_outside in line.findall(self.ppctl("logs", job, check=False)):
+            found = {"rank": int(rank), "planned_bytes": int(planned), "peak_bytes": int(peak), "ratio": round(int(planned) / max(1, int(peak)), 3)}
+            if outside:
+                found.update(outside_bytes=int(outside), planned_outside_bytes=int(planned_outside))
+            ranks[int(rank)] = found
+        return [ranks[rank] for rank in sorted(ranks)]
+
     def trainers(self):
         """Process ids of the trainers that run now."""
         found = []
