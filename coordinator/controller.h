@@ -17,6 +17,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/time.h"
+#include "coordinator/core/disk.h"
 #include "coordinator/store/job_store.h"
 #include "ppft/v1/artifact.pb.h"
 #include "ppft/v1/stored.pb.h"
@@ -53,6 +54,11 @@ class JobWork {
   virtual absl::StatusOr<std::vector<v1::ArtifactManifest>> Assemble(const AssembleInput& input) = 0;
   // Removes contents that no row names any more. Best effort; what is missing is fine.
   virtual void DeleteBlobs(const std::vector<std::string>& sha256s) = 0;
+
+  // The room on the disk of the data folder, with the ballast kept accordingly. These two are quick, and are called on the controller's thread.
+  virtual DiskRoom LookAtDisk() = 0;
+  // The store could not write: it gets the ballast's room.
+  virtual void GiveUpBallast() = 0;
 };
 
 class Controller {
@@ -99,6 +105,9 @@ class Controller {
   // OK if a rank with this key may still change something: the job's current epoch, in a state that has ranks. FAILED_PRECONDITION
   // "STALE_EPOCH…" otherwise (and counted), NOT_FOUND for an unknown job. From any thread; blocks like Run.
   virtual absl::Status CheckEpoch(const v1::RankKey& rank) = 0;
+
+  // What this rank writes has no room: its job pauses until `needed_bytes` are free. From any thread.
+  virtual void ReportDiskFull(const v1::RankKey& rank, int64_t needed_bytes, const std::string& message) = 0;
 
  private:
   static absl::Status StatusOf(const absl::Status& status) { return status; }

@@ -9,7 +9,9 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <filesystem>
 #include <nlohmann/json.hpp>
+#include <system_error>
 
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
@@ -70,6 +72,17 @@ std::string ServiceDiscovery(const std::vector<v1::Worker>& workers) {
   return groups.dump();
 }
 
+// A root that is not there would make every registration fail later, with a sentence about something else.
+absl::Status CheckRoots(const std::vector<std::string>& roots) {
+  for (const std::string& root : roots) {
+    std::error_code error;
+    if (std::filesystem::is_directory(root, error)) continue;
+    return absl::InvalidArgumentError(absl::StrCat("--model_root ", root, ": ", PathExists(root) ? "is not a folder" : "there is no such folder",
+                                                   "; make it, or name the folder that holds your model folders"));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const TlsFiles& tls) {
   if (tls.empty()) return grpc::InsecureServerCredentials();
   grpc::SslServerCredentialsOptions options(GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
@@ -95,11 +108,14 @@ absl::Status CheckListen(const std::string& listen, const TlsFiles& tls) {
 
 absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(const CoordinatorOptions& options) {
   PPFT_RETURN_IF_ERROR(CheckListen(options.listen, options.tls));
+  PPFT_RETURN_IF_ERROR(CheckRoots(options.model_roots));
   PPFT_RETURN_IF_ERROR(CheckRoles({"ppft.v1.JobService", "ppft.v1.ClusterService", "ppft.v1.WorkerService", "ppft.v1.BlobService", "ppft.v1.DatasetService",
                                    "ppft.v1.ModelService", "ppft.v1.ArtifactService"}));
   auto coordinator = std::unique_ptr<Coordinator>(new Coordinator());
   // The store first: its lock keeps a second coordinator away from everything in data_dir.
-  PPFT_ASSIGN_OR_RETURN(std::unique_ptr<JobStore> store, OpenSqliteJobStore(options.data_dir));
+  absl::StatusOr<std::unique_ptr<JobStore>> store = OpenSqliteJobStore(options.data_dir);
+  if (absl::IsResourceExhausted(store.status()) && DiskGuard::RemoveBallast(options.data_dir)) store = OpenSqliteJobStore(options.data_dir);
+  PPFT_RETURN_IF_ERROR(store.status());
   ArtifactsOptions artifacts;
   artifacts.data_dir = options.data_dir;
   artifacts.model_roots = options.model_roots;
@@ -111,7 +127,7 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(const Coordinato
     return planner->Plan(record, model, devices);
   };
   coordinator->controller_ =
-      std::make_unique<JobController>(std::move(store), coordinator->artifacts_->work(), coordinator->metrics_.get(), plan, options.controller);
+      std::make_unique<JobController>(*std::move(store), coordinator->artifacts_->work(), coordinator->metrics_.get(), plan, options.controller);
   PPFT_RETURN_IF_ERROR(coordinator->controller_->Start());
   PPFT_RETURN_IF_ERROR(coordinator->Serve(options));
   return coordinator;
@@ -170,3 +186,4 @@ Coordinator::~Coordinator() {
 }
 
 }  // namespace ppft::coordinator
+  if (artifacts_ != nullptr) artifacts_->Detach();

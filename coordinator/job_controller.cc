@@ -81,7 +81,7 @@ absl::Status JobController::CheckEpoch(const v1::RankKey& rank) {
 absl::Duration JobController::NextWake() const {
   for (const auto& [id, job] : jobs_) {
     const v1::JobState state = job.record.job().status().state();
-    if (job.failure.has_value() || (state == v1::JOB_STATE_QUEUED && job.record.retry().not_before_unix_ms() > 0)) return absl::Milliseconds(50);
+    if (!job.failures.empty() || (state == v1::JOB_STATE_QUEUED && job.record.retry().not_before_unix_ms() > 0)) return absl::Milliseconds(50);
   }
   return std::min(absl::Seconds(1), options_.lease / 4);
 }
@@ -120,6 +120,11 @@ void JobController::RunBatch(std::deque<Task> tasks) {
       AfterCommit();
     } else {
       store_->Rollback();
+      if (absl::IsResourceExhausted(status)) {
+        work_->GiveUpBallast();
+        status = absl::ResourceExhaustedError(
+            absl::StrCat("DISK_FULL: the coordinator could not store this (", status.message(), "); free space on the disk of its --data_dir and try again"));
+      }
       Reload(status);
     }
   }
@@ -138,10 +143,11 @@ absl::Status JobController::RunBodies(std::deque<Task>& tasks, std::vector<absl:
 
 absl::Status JobController::EndOfBatch() {
   TickWorkers();
+  TickDisk();
   TickJobs();
   SweepRemnants();
   StartWork();
-  if (queue_changed_) DecideStarts();
+  if (queue_changed_ && !disk_.full) DecideStarts();
   PPFT_RETURN_IF_ERROR(batch_status_);
   PPFT_RETURN_IF_ERROR(FlushJobs());
   return FlushWorkers();

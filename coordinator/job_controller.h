@@ -22,6 +22,8 @@
 #include "absl/types/optional.h"
 #include "common/metrics/metrics.h"
 #include "coordinator/controller.h"
+#include "coordinator/core/cause.h"
+#include "coordinator/core/disk.h"
 #include "coordinator/core/queue.h"
 #include "coordinator/core/retry.h"
 #include "coordinator/work_pool.h"
@@ -44,7 +46,7 @@ using ModelPlanFunction = std::function<PlanAttempt(const v1::JobRecord&, const 
 struct ControllerOptions {
   absl::Duration heartbeat_interval = absl::Seconds(2);
   absl::Duration lease = absl::Seconds(15);
-  absl::Duration cause_grace = absl::Milliseconds(300);  // how long a broken link waits for its cause
+  absl::Duration cause_grace = absl::Milliseconds(750);  // how long a broken link waits for its cause; the agents look twice a second
   absl::Duration work_retry_delay = absl::Seconds(5);    // before preparing or assembling again
   int max_prepares = 2;                                  // at once
   std::function<absl::Time()> wall;                      // default: absl::Now
@@ -66,6 +68,7 @@ class JobController : public Controller {
   using Controller::Post;
   void Work(absl::AnyInvocable<void()> work) override { pool_.Run(std::move(work)); }
   absl::Status CheckEpoch(const v1::RankKey& rank) override;
+  void ReportDiskFull(const v1::RankKey& rank, int64_t needed_bytes, const std::string& message) override;
 
   // All below: on the controller's thread, in a body (writes) or in a body or done (reads).
 
@@ -110,14 +113,15 @@ class JobController : public Controller {
     std::set<int32_t> ready;
     std::set<int32_t> exported;
     std::vector<v1::FileRef> init_adapter;
-    absl::optional<Failure> failure;  // waits for a better cause until failure_deadline
+    AttemptFailures failures;  // not empty: wait for a better cause until failure_deadline
     absl::Time failure_deadline;
     std::vector<v1::CheckpointManifest> checkpoints;  // by step
     std::map<int64_t, absl::Time> first_written;      // checkpoint step -> when the first rank's file came
     int64_t queued_unix_ms = 0;
     int64_t work_id = 0;  // of the preparation or assembly under way; 0 = none
     int work_failures = 0;
-    absl::Time work_after;                               // steady: not before
+    int disk_pauses = 0;                                 // since something of the job was stored
+    absl::Time work_after;                               // steady: no work and no end of a pause before
     absl::Time drop_series_at = absl::InfiniteFuture();  // steady
     std::shared_ptr<std::atomic<bool>> work_cancelled;
     bool changed = false;         // the record
@@ -158,7 +162,7 @@ class JobController : public Controller {
     if (batch_status_.ok()) batch_status_ = status;
   }
 
-  // Jobs (job_events.cc).
+  // Jobs (job_events.cc), their work on the pool (job_work.cc), their attempts (attempt_events.cc), a full disk (disk_events.cc).
   JobEntry* FindEntry(const std::string& id);
   void Move(JobEntry& job, v1::JobState to, const v1::Reason& reason, const std::string& actor = "coordinator");
   void AddNote(JobEntry& job, const v1::Reason& reason, const std::string& actor = "coordinator");
@@ -176,7 +180,8 @@ class JobController : public Controller {
   void DropWork(JobEntry& job);
   void EndAttempt(JobEntry& job);  // from a state with ranks: fence, forget promises, watch the remnants
   void OnFailure(JobEntry& job, const Failure& failure);
-  void Fail(JobEntry& job);
+  void Fail(JobEntry& job, const Failure& failure);
+  void GiveUp(JobEntry& job, const v1::Reason& reason);  // to RECOVERING, back to where the newest checkpoint is
   void FinishGivingUp(JobEntry& job);
   bool AllExported(const JobEntry& job) const;
   absl::Status LoadInitAdapter(JobEntry& job);
@@ -192,6 +197,8 @@ class JobController : public Controller {
   void OnExited(JobEntry& job, const WorkerEntry& worker, const v1::RankReport& report);
   void CommitCheckpoint(JobEntry& job, v1::CheckpointManifest manifest);
   void DropUnreferenced(const std::set<std::string>& contents);
+  void PauseForDisk(JobEntry& job, const std::string& what, int64_t needed_bytes);  // from PREPARING, QUEUED or a state with ranks
+  void TickDisk();
 
   // Workers (worker_events.cc).
   WorkerEntry& EntryOf(const std::string& name);
@@ -213,6 +220,7 @@ class JobController : public Controller {
   const ControllerOptions options_;
 
   // The controller's thread.
+  std::set<std::string> Unreachable(const v1::Plan& plan) const;
   std::map<std::string, JobEntry> jobs_;
   std::map<std::string, WorkerEntry> workers_;
   std::map<std::string, v1::ModelRecord> models_;  // cache; a registered model never changes
@@ -238,3 +246,4 @@ class JobController : public Controller {
 };
 
 }  // namespace ppft::coordinator
+  DiskRoom disk_;  // as of the last batch

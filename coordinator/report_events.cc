@@ -84,7 +84,7 @@ void JobController::OnCurrentReport(JobEntry& job, const WorkerEntry& worker, co
     case v1::TrainerReport::kExported:
       return OnExported(job, report);
     case v1::TrainerReport::kFailure:
-      return OnFailure(job, FailureOf(body.failure(), status.step()));
+      return OnFailure(job, FailureOf(body.failure(), key.rank(), status.step()));
     case v1::TrainerReport::kExited:
       return OnExited(job, worker, report);
     case v1::TrainerReport::kStats:  // the agents serve these figures themselves
@@ -167,6 +167,7 @@ void JobController::CommitCheckpoint(JobEntry& job, v1::CheckpointManifest manif
   job.record.mutable_retry()->set_restarts_since_checkpoint(0);
   job.changed = true;
 
+  job.disk_pauses = 0;
   std::set<std::string> contents;
   for (const int64_t gone : CheckpointsToDelete(job.checkpoints, job.record.job().spec().checkpoint().save_total_limit(), {job.record.resume_step()})) {
     for (auto it = job.checkpoints.begin(); it != job.checkpoints.end(); ++it) {
@@ -224,7 +225,7 @@ void JobController::OnExported(JobEntry& job, const v1::RankReport& report) {
   if (const absl::Status put = store_->PutRankReport(key, v1::TrainerReport::kExported, 0, report.report()); !put.ok()) return Broken(put);
   job.exported.insert(key.rank());
   if (!AllExported(job)) return;
-  job.failure.reset();
+  job.failures.Clear();
   if (job.record.job().status().state() == v1::JOB_STATE_STARTING) Move(job, v1::JOB_STATE_RUNNING, MakeReason("READY", "no step was left to do"));
   if (job.record.job().status().state() == v1::JOB_STATE_RUNNING) {
     Move(job, v1::JOB_STATE_EXPORTING, MakeReason("TRAINED", absl::StrCat(job.record.job().status().step(), " steps are done")));

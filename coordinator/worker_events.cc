@@ -143,7 +143,10 @@ void JobController::LoseRanks(const WorkerEntry& worker, const std::string& why)
     if (!HasRanks(job.record.job().status().state())) continue;
     for (const v1::RankPlan& rank : job.record.plan().ranks()) {
       if (rank.worker() != worker.shown.name()) continue;
-      OnFailure(job, Failure{MakeReason("WORKER_LOST", absl::StrCat("worker ", rank.worker(), " ", why)), job.record.job().status().step()});
+      Failure failure{MakeReason("WORKER_LOST", absl::StrCat("worker ", rank.worker(), " ", why)), job.record.job().status().step()};
+      failure.rank = rank.rank();
+      failure.worker = rank.worker();
+      OnFailure(job, failure);
       break;
     }
   }
@@ -151,6 +154,15 @@ void JobController::LoseRanks(const WorkerEntry& worker, const std::string& why)
 
 void JobController::DirectivesChanged(const JobEntry& job) {
   for (const v1::RankPlan& rank : job.record.plan().ranks()) EntryOf(rank.worker()).directive_due = true;
+}
+
+std::set<std::string> JobController::Unreachable(const v1::Plan& plan) const {
+  std::set<std::string> names;
+  for (const v1::RankPlan& rank : plan.ranks()) {
+    const auto worker = workers_.find(rank.worker());
+    if (worker == workers_.end() || worker->second.link == nullptr) names.insert(rank.worker());
+  }
+  return names;
 }
 
 v1::Directive JobController::DirectiveFor(const std::string& name) {

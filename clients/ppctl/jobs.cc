@@ -131,7 +131,9 @@ Result ListJobs(Context& context, const ListOptions& options) {
     std::string progress = status.step() > 0 || status.total_steps() > 0 ? StepText(status)
                            : status.queue_position() > 0                 ? absl::StrCat("position ", status.queue_position())
                                                                          : "-";
-    rows.push_back({job.id(), job.name(), StateWord(status.state()), progress, Time(job.create_time())});
+    const bool paused = status.state() == v1::JOB_STATE_PAUSED && !status.reason().code().empty();
+    const std::string state = StateWord(status.state());
+    rows.push_back({job.id(), job.name(), paused ? absl::StrCat(state, "(", status.reason().code(), ")") : state, progress, Time(job.create_time())});
   }
   if (context.format == Format::kTable) {
     if (all.jobs().empty()) {

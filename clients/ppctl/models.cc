@@ -56,6 +56,7 @@ Result ModelsUpload(Context& context, const std::string& name, const std::string
   v1::RegisterModelRequest request;
   request.set_request_id(NewRequestId());
   request.set_name(name);
+  request.mutable_files()->set_source(folder);
   std::vector<std::string> files;
   bool config = false, weights = false;
   for (const std::string& file : names) {

@@ -16,7 +16,7 @@ namespace {
 
 class ArtifactWork : public JobWork {
  public:
-  ArtifactWork(BlobStore* blobs, PrepareRunner* prepare) : blobs_(blobs), prepare_(prepare) {}
+  ArtifactWork(BlobStore* blobs, PrepareRunner* prepare, DiskGuard* disk) : blobs_(blobs), prepare_(prepare), disk_(disk) {}
 
   absl::StatusOr<v1::PreparedData> Prepare(const PrepareInput& input, const std::function<bool()>& cancelled) override {
     return prepare_->Prepare(input, cancelled);
@@ -29,10 +29,13 @@ class ArtifactWork : public JobWork {
     }
   }
 
+  DiskRoom LookAtDisk() override { return disk_->Look(); }
+  void GiveUpBallast() override { disk_->GiveUpBallast(); }
  private:
   BlobStore* const blobs_;
   PrepareRunner* const prepare_;
 };
+  DiskGuard* const disk_;
 
 }  // namespace
 
@@ -57,14 +60,17 @@ Artifacts::~Artifacts() = default;
 absl::StatusOr<std::unique_ptr<Artifacts>> Artifacts::Open(const ArtifactsOptions& options) {
   std::unique_ptr<Artifacts> out(new Artifacts());
   PPFT_RETURN_IF_ERROR(MakeDirs(options.data_dir));
+  out->sweep_limits_ = options.sweep;
   std::error_code error;
   // Paths below are compared and stored: one spelling for all of them.
   const std::string data_dir = std::filesystem::canonical(options.data_dir, error).string();
   if (error) return ErrnoStatus(error.value(), options.data_dir);
   PPFT_ASSIGN_OR_RETURN(out->blobs_, BlobStore::Open(data_dir, options.reserve_bytes));
   out->prepare_ = std::make_unique<PrepareRunner>(out->blobs_.get(), options.prepare_binary);
+  out->disk_ = std::make_unique<DiskGuard>(data_dir, out->blobs_->reserve_bytes());
+  out->disk_->Look();
   out->models_ = std::make_unique<ModelRegistry>(out->blobs_.get(), out->prepare_.get(), options.model_roots);
-  out->work_ = std::make_unique<ArtifactWork>(out->blobs_.get(), out->prepare_.get());
+  out->work_ = std::make_unique<ArtifactWork>(out->blobs_.get(), out->prepare_.get(), out->disk_.get());
   return out;
 }
 
@@ -72,9 +78,12 @@ absl::Status Artifacts::Attach(Controller* controller, std::function<absl::Statu
   PPFT_RETURN_IF_ERROR(models_->Load(*controller));
   parts_ = std::make_unique<Parts>(blobs_.get(), prepare_.get(), models_.get(), controller, std::move(find_job));
   return absl::OkStatus();
+  sweep_ = std::make_unique<BlobSweep>(blobs_.get(), controller, sweep_limits_);
 }
 
 JobWork* Artifacts::work() { return work_.get(); }
+void Artifacts::Detach() { sweep_.reset(); }
+
 
 WorkerFiles* Artifacts::worker_files() { return &parts_->worker_files; }
 

@@ -17,6 +17,8 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "coordinator/artifacts/blob_store.h"
+#include "coordinator/artifacts/blob_sweep.h"
+#include "coordinator/artifacts/disk_guard.h"
 #include "coordinator/artifacts/model_registry.h"
 #include "coordinator/artifacts/prepare_runner.h"
 #include "coordinator/controller.h"
@@ -30,6 +32,7 @@ struct ArtifactsOptions {
   std::string prepare_binary;  // path of ppft-prepare
   int64_t reserve_bytes = BlobStore::kReserveBytes;
 };
+  SweepLimits sweep;
 
 class Artifacts {
  public:
@@ -41,6 +44,9 @@ class Artifacts {
   absl::Status Attach(Controller* controller, std::function<absl::StatusOr<v1::Job>(JobStore& store, const std::string& id_or_name)> find_job);
 
   JobWork* work();
+  // Ends what runs in the background; before the controller stops.
+  void Detach();
+
   WorkerFiles* worker_files();
   // BlobService, DatasetService, ModelService, ArtifactService: synchronous, for many threads.
   std::vector<grpc::Service*> services();
@@ -57,7 +63,10 @@ class Artifacts {
   std::unique_ptr<PrepareRunner> prepare_;
   std::unique_ptr<ModelRegistry> models_;
   std::unique_ptr<Parts> parts_;  // services, made by Attach
+  SweepLimits sweep_limits_;
   std::unique_ptr<JobWork> work_;
+  std::unique_ptr<DiskGuard> disk_;  // of the controller's thread, through work_
 };
 
 }  // namespace ppft::coordinator
+  std::unique_ptr<BlobSweep> sweep_;  // made by Attach

@@ -273,6 +273,7 @@ absl::StatusOr<v1::ArtifactManifest> MakeUploadedAdapter(BlobStore& blobs, const
   }
   if (weights == nullptr) return absl::InvalidArgumentError(absl::StrCat("the adapter has no ", kAdapterFile));
   for (const v1::FileRef* file : {config, weights}) {
+    blobs.Touch(file->sha256());
     const auto size = blobs.Find(file->sha256());
     if (!size) return absl::FailedPreconditionError(absl::StrCat(file->name(), ": its content ", file->sha256(), " has not been uploaded"));
     if (*size != file->size_bytes())

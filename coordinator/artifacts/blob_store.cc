@@ -52,14 +52,40 @@ absl::StatusOr<std::unique_ptr<BlobStore>> BlobStore::Open(const std::string& da
   }
   PPFT_RETURN_IF_ERROR(SyncPath(JoinPath(data_dir, "blobs")));
   PPFT_RETURN_IF_ERROR(SyncPath(data_dir));
-  PPFT_ASSIGN_OR_RETURN(const std::vector<std::string> partials, ListDir(JoinPath(data_dir, "partial")));
-  for (const std::string& name : partials) {
-    const std::string path = JoinPath(data_dir, absl::StrCat("partial/", name));
-    struct stat info;
-    if (stat(path.c_str(), &info) == 0 && info.st_mtime + kPartialLifetimeSeconds < std::time(nullptr)) unlink(path.c_str());  // best effort
-  }
+  struct stat tmp;  // made above: its time is now
+  if (stat(JoinPath(data_dir, "tmp").c_str(), &tmp) != 0) return ErrnoStatus(errno, JoinPath(data_dir, "tmp"));
+  store->open_time_ = absl::TimeFromTimespec(tmp.st_mtim);
   return store;
 }
+
+void BlobStore::DropOldPartials() const {
+  const auto partials = ListDir(JoinPath(data_dir_, "partial"));
+  if (!partials.ok()) return;
+  for (const std::string& name : *partials) {
+    struct stat info;
+    if (stat(PartialPath(name).c_str(), &info) == 0 && info.st_mtime + kPartialLifetimeSeconds < std::time(nullptr)) DropPartial(name);
+  }
+}
+
+void BlobStore::DropPartial(const std::string& key) const { unlink(PartialPath(key).c_str()); }  // best effort: the next start tries again
+
+absl::StatusOr<std::vector<std::string>> BlobStore::ListOlderThan(absl::Time time) const {
+  std::vector<std::string> old;
+  for (int i = 0; i < 256; ++i) {
+    PPFT_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListDir(JoinPath(data_dir_, absl::StrFormat("blobs/%02x", i))));
+    for (const std::string& name : names) {
+      if (IsSha256Hex(name) && IsOlderThan(name, time)) old.push_back(name);
+    }
+  }
+  return old;
+}
+
+bool BlobStore::IsOlderThan(const std::string& sha256, absl::Time time) const {
+  struct stat info;
+  return stat(PathOf(sha256).c_str(), &info) == 0 && S_ISREG(info.st_mode) && absl::TimeFromTimespec(info.st_mtim) < time;
+}
+
+bool BlobStore::Touch(const std::string& sha256) const { return IsSha256Hex(sha256) && utimensat(AT_FDCWD, PathOf(sha256).c_str(), nullptr, 0) == 0; }
 
 absl::optional<int64_t> BlobStore::Find(const std::string& sha256) const {
   if (!IsSha256Hex(sha256)) return absl::nullopt;
@@ -115,6 +141,7 @@ absl::StatusOr<std::unique_ptr<BlobStore::Upload>> BlobStore::StartUpload(const 
   std::unique_ptr<Upload> upload(new Upload(this, key, sha256, size_bytes));
   if (const absl::optional<int64_t> there = Find(sha256)) {
     if (*there != size_bytes) return absl::InvalidArgumentError(absl::StrCat("the content ", sha256, " has ", *there, " bytes, not ", size_bytes));
+    Touch(sha256);
     upload->complete_ = true;
     upload->received_ = size_bytes;
     return upload;
@@ -176,7 +203,7 @@ absl::Status BlobStore::Upload::Commit() {
 }
 
 absl::Status BlobStore::Publish(const std::string& path, const std::string& sha256) {
-  if (chmod(path.c_str(), 0400) != 0) return ErrnoStatus(errno, path);
+  if (utimensat(AT_FDCWD, path.c_str(), nullptr, 0) != 0 || chmod(path.c_str(), 0400) != 0) return ErrnoStatus(errno, path);
   return RenameDurably(path, PathOf(sha256));
 }
 
@@ -198,7 +225,7 @@ absl::StatusOr<v1::FileRef> BlobStore::AddFile(const std::string& path, absl::st
   PPFT_ASSIGN_OR_RETURN(const std::string sha256, Sha256File(path));
   file.set_size_bytes(size);
   file.set_sha256(sha256);
-  if (Find(sha256)) {
+  if (Touch(sha256)) {
     unlink(path.c_str());  // the same content is there; the temporary folder goes anyway
     return file;
   }

@@ -10,11 +10,13 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "absl/types/optional.h"
 #include "common/base/files.h"
 #include "common/base/sha256.h"
@@ -30,7 +32,7 @@ class BlobStore {
   // Bytes of the disk that uploads leave free, for the database; never more than a sixteenth of the disk.
   static constexpr int64_t kReserveBytes = 64 << 20;
 
-  // Creates the folders, empties tmp/ and drops partial files that nobody continued for a week.
+  // Creates the folders and empties tmp/.
   static absl::StatusOr<std::unique_ptr<BlobStore>> Open(const std::string& data_dir, int64_t reserve_bytes = kReserveBytes);
 
   // Size of a complete blob.
@@ -57,9 +59,22 @@ class BlobStore {
   // A missing blob is fine.
   absl::Status Delete(const std::string& sha256);
 
+  // For the sweep. A blob is as old as its last use by an upload or by AddFile: it is made young when it is published or found there.
+  absl::StatusOr<std::vector<std::string>> ListOlderThan(absl::Time time) const;
+  bool IsOlderThan(const std::string& sha256, absl::Time time) const;
+  // A blob that somebody is about to name. False if it is not there.
+  bool Touch(const std::string& sha256) const;
+  // When this process opened the store, by the file system's clock.
+  absl::Time open_time() const { return open_time_; }
+  // Partial uploads that nobody continued for a week.
+  void DropOldPartials() const;
+  // Of an upload that nobody will continue.
+  void DropPartial(const std::string& key) const;
+
   const std::string& data_dir() const { return data_dir_; }
   // Free bytes for ordinary use on the disk.
   int64_t FreeBytes() const;
+  int64_t reserve_bytes() const { return reserve_bytes_; }
 
  private:
   BlobStore(std::string data_dir, int64_t reserve_bytes) : data_dir_(std::move(data_dir)), reserve_bytes_(reserve_bytes) {}
@@ -70,6 +85,7 @@ class BlobStore {
 
   const std::string data_dir_;
   const int64_t reserve_bytes_;
+  absl::Time open_time_;
   absl::Mutex mutex_;
   std::set<std::string> uploading_ ABSL_GUARDED_BY(mutex_);  // keys
   int64_t next_temporary_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -12,8 +12,10 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/cord.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
 #include "common/base/sha256.h"
 #include "common/base/status.h"
 #include "common/model/config.h"
@@ -272,7 +274,12 @@ absl::StatusOr<v1::ModelRecord> CheckModel(const ModelFolder& folder, BlobStore&
 
   PPFT_RETURN_IF_ERROR(CopyTextFiles(folder, names, blobs, &record));
   PPFT_ASSIGN_OR_RETURN(const std::string tokenizer_dir, TokenizerDir(blobs, {record.files().begin(), record.files().end()}));
-  PPFT_RETURN_IF_ERROR(Annotate(prepare.CheckTokenizer(tokenizer_dir, config.vocab_size, cancelled), folder.path()));
+  if (const absl::Status bad = prepare.CheckTokenizer(tokenizer_dir, config.vocab_size, cancelled); !bad.ok()) {
+    // It read a private copy; the user knows the model's folder.
+    absl::Status told(bad.code(), absl::StrReplaceAll(bad.message(), {{tokenizer_dir, folder.path()}}));
+    bad.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) { told.SetPayload(url, payload); });
+    return absl::StrContains(told.message(), folder.path()) ? told : Annotate(told, folder.path());
+  }
   PPFT_RETURN_IF_ERROR(ScanTensors(folder, tensors, threads, cancelled));
   FillSummary(config, tensors, folder, &record);
   return record;

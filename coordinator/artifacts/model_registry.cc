@@ -9,7 +9,9 @@
 #include <thread>
 #include <utility>
 
+#include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
 #include "absl/time/clock.h"
 #include "common/base/logging.h"
 #include "common/base/status.h"
@@ -34,6 +36,15 @@ absl::Status CheckName(const std::string& name) {
 std::vector<std::string> With(std::vector<std::string> roots, std::string one) {
   roots.push_back(std::move(one));
   return roots;
+}
+
+constexpr size_t kMaxSource = 1000;
+
+// The same status with other words for some folders, longest first.
+absl::Status Reword(const absl::Status& status, const std::vector<std::pair<std::string, std::string>>& words) {
+  absl::Status out(status.code(), absl::StrReplaceAll(status.message(), words));
+  status.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) { out.SetPayload(url, payload); });
+  return out;
 }
 
 absl::Status PutBlobRows(JobStore& store, const v1::ModelRecord& record) {
@@ -110,7 +121,7 @@ absl::StatusOr<ModelFolder> ModelRegistry::LinkUploads(const v1::RegisterModelRe
     if (file.name().empty() || file.name()[0] == '.' || file.name().find('/') != std::string::npos || file.name().find('\0') != std::string::npos) {
       return absl::InvalidArgumentError(absl::StrCat("files: \"", file.name().substr(0, 100), "\" is no plain file name"));
     }
-    if (!blobs_->Find(file.sha256()))
+    if (!blobs_->Touch(file.sha256()))
       return absl::FailedPreconditionError(absl::StrCat(file.name(), ": its content ", file.sha256(), " has not been uploaded"));
     if (link(blobs_->PathOf(file.sha256()).c_str(), JoinPath(staging, file.name()).c_str()) != 0) return ErrnoStatus(errno, file.name());
   }
@@ -130,7 +141,15 @@ absl::StatusOr<v1::ModelRecord> ModelRegistry::Check(const v1::RegisterModelRequ
     return absl::InvalidArgumentError("path or files must be given");
   }
   const int threads = std::max(1u, std::min(8u, std::thread::hardware_concurrency()));
-  PPFT_ASSIGN_OR_RETURN(v1::ModelRecord record, CheckModel(folder, *blobs_, *prepare_, threads, cancelled));
+  absl::StatusOr<v1::ModelRecord> checked = CheckModel(folder, *blobs_, *prepare_, threads, cancelled);
+  if (!checked.ok() && request.source_case() == v1::RegisterModelRequest::kFiles) {
+    // The user knows the folder that was uploaded, not where its copy lies here.
+    const std::string source = request.files().source().substr(0, kMaxSource);
+    return Reword(checked.status(),
+                  {{absl::StrCat(*made, "/"), source.empty() ? "" : JoinPath(source, "")}, {*made, source.empty() ? request.name() : source}});
+  }
+  PPFT_RETURN_IF_ERROR(checked.status());
+  v1::ModelRecord record = *std::move(checked);
   record.mutable_model()->set_name(request.name());
   *record.mutable_model()->mutable_create_time() = google::protobuf::util::TimeUtil::GetCurrentTime();
   return record;

@@ -88,6 +88,7 @@ std::function<absl::StatusOr<const std::string*>()> DataOf(grpc::ServerContext* 
 grpc::Status BlobServiceImpl::GetBlob(grpc::ServerContext*, const v1::GetBlobRequest* request, v1::GetBlobResponse* response) {
   if (!IsSha256Hex(request->sha256())) return Reply(absl::InvalidArgumentError("sha256 must be 64 lower-case hex digits"));
   const absl::optional<int64_t> size = blobs_->Find(request->sha256());
+  if (size) blobs_->Touch(request->sha256());  // the caller is about to name it
   response->set_complete(size.has_value());
   response->set_received_bytes(size ? *size : blobs_->ReceivedBytes(request->sha256()));
   return grpc::Status::OK;
@@ -127,6 +128,7 @@ grpc::Status DatasetServiceImpl::CreateDataset(grpc::ServerContext*, const v1::C
       const std::string payload = PayloadSha256(*request);
       PPFT_ASSIGN_OR_RETURN(const auto first, store.FindRequest("CreateDataset", request->request_id(), payload));
       if (first) return store.GetDataset(*first);
+      if (!blobs_->Touch(dataset.sha256())) return absl::FailedPreconditionError(absl::StrCat(request->name(), ": its content has gone; upload it again"));
       PPFT_RETURN_IF_ERROR(store.PutBlob({dataset.sha256(), dataset.size_bytes(), absl::Now()}));
       PPFT_RETURN_IF_ERROR(store.PutDataset(dataset));
       PPFT_RETURN_IF_ERROR(store.PutRequest("CreateDataset", request->request_id(), payload, dataset.id()));
@@ -346,17 +348,30 @@ grpc::Status WorkerFilesImpl::PutFile(grpc::ServerContext* context, grpc::Server
   v1::PutFileRequest request;
   if (!reader->Read(&request) || !request.has_header()) return Reply(absl::InvalidArgumentError("the first message must be a header"));
   const v1::PutFileRequest::Header header = request.header();
+  const std::string key = absl::StrCat(header.rank().job_id(), ".", header.rank().epoch(), ".", header.rank().rank(), ".", header.file().sha256());
   const auto put = [&]() -> absl::Status {
     PPFT_RETURN_IF_ERROR(controller_->CheckEpoch(header.rank()));
-    const std::string key = absl::StrCat(header.rank().job_id(), ".", header.rank().epoch(), ".", header.rank().rank(), ".", header.file().sha256());
-    PPFT_ASSIGN_OR_RETURN(const auto upload, blobs_->StartUpload(key, header.file().sha256(), header.file().size_bytes(), header.offset()));
-    PPFT_RETURN_IF_ERROR(Receive(*upload, DataOf(context, reader, &request)));
+    absl::Status received;
+    {
+      PPFT_ASSIGN_OR_RETURN(const auto upload, blobs_->StartUpload(key, header.file().sha256(), header.file().size_bytes(), header.offset()));
+      received = Receive(*upload, DataOf(context, reader, &request));
+      // Agents begin again at the start: what is left of this try only takes room.
+      if (!received.ok()) blobs_->DropPartial(key);
+    }
+    PPFT_RETURN_IF_ERROR(received);
     // Given up meanwhile: the bytes lie there by their content, and nothing will ever name them for this epoch.
     PPFT_RETURN_IF_ERROR(controller_->CheckEpoch(header.rank()));
     return controller_->Run([&](JobStore& store) { return PutBlobRow(store, header.file()); });
   };
+  const absl::Status status = put();
+  if (absl::IsResourceExhausted(status)) {
+    controller_->ReportDiskFull(
+        header.rank(), header.file().size_bytes() + blobs_->reserve_bytes(),
+        absl::StrCat("the coordinator's disk has no room for a file of ", header.file().size_bytes(), " bytes from rank ", header.rank().rank(), ": ",
+                     blobs_->data_dir(), " has ", blobs_->FreeBytes(), " bytes free, ", blobs_->reserve_bytes(), " stay reserved"));
+  }
   response->set_received_bytes(header.file().size_bytes());
-  return Reply(put());
+  return Reply(status);
 }
 
 }  // namespace ppft::coordinator

@@ -4,7 +4,9 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "coordinator/core/job_state.h"
+#include "coordinator/core/retry.h"
 
 namespace ppft::coordinator {
 namespace {
@@ -17,7 +19,54 @@ void TakeDevices(const v1::Plan& plan, std::vector<OfferedDevice>& free) {
   }
 }
 
+std::vector<OfferedDevice> Without(const std::vector<OfferedDevice>& devices, const std::vector<std::string>& workers) {
+  std::vector<OfferedDevice> left;
+  for (const OfferedDevice& device : devices) {
+    if (std::find(workers.begin(), workers.end(), device.worker) == workers.end()) left.push_back(device);
+  }
+  return left;
+}
+
 std::string Devices(int count) { return absl::StrCat(count, count == 1 ? " device" : " devices"); }
+
+// Starts the job, or says why it waits: QUEUED if it could be laid on all devices, NO_CAPACITY if not even there. `position`: of the one before it.
+void Place(const v1::JobRecord& record, const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all, const PlanFunction& plan, int position,
+           QueueDecision& decision) {
+  std::vector<std::string> excluded;  // of those that are there
+  for (const std::string& worker : ExcludedWorkers(record.retry())) {
+    if (std::any_of(all.begin(), all.end(), [&](const OfferedDevice& device) { return device.worker == worker; })) excluded.push_back(worker);
+  }
+  std::string note;
+  PlanAttempt now = plan(record, Without(free, excluded)), later;
+  if (!now.plan.has_value()) later = plan(record, Without(all, excluded));
+  const bool elsewhere = now.plan.has_value() || later.plan.has_value();
+  if (!excluded.empty()) {
+    note = absl::StrCat("; ", absl::StrJoin(excluded, ", "), " failed this job twice",
+                        elsewhere ? " and is left out" : ", but the other workers cannot take it, so it is used again");
+    if (!elsewhere) {
+      now = plan(record, free);
+      if (!now.plan.has_value()) later = plan(record, all);
+    }
+  }
+  if (now.plan.has_value()) {
+    decision.reason = MakeReason("PLANNED", absl::StrCat(now.plan->explanation(), note));
+    decision.plan = std::move(now.plan);
+    return;
+  }
+  decision.position = position + 1;
+  if (later.plan.has_value()) {
+    const int needed = std::max({now.devices_needed, later.devices_needed, 1});
+    decision.reason = MakeReason("QUEUED", absl::StrCat("waits for ", Devices(needed), ", ", free.size(), " free; position ", decision.position, note));
+    return;
+  }
+  const int needed = std::max(later.devices_needed, 1);
+  const bool too_few = needed > static_cast<int>(all.size());
+  decision.reason = MakeReason(
+      "NO_CAPACITY",
+      too_few ? absl::StrCat("needs ", Devices(needed), ", the cluster has ", all.size(), "; position ", decision.position)
+              : absl::StrCat(later.message, "; position ", decision.position),
+      too_few ? "start more workers, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size" : "start larger workers, or change the job");
+}
 
 }  // namespace
 
@@ -39,24 +88,14 @@ std::vector<QueueDecision> DecideQueue(std::vector<const v1::JobRecord*> queued,
     } else if (!head.empty()) {
       decision.position = ++position;
       decision.reason = MakeReason("QUEUED", absl::StrCat("waits behind ", head, "; ", Devices(static_cast<int>(free.size())), " free; position ", position));
-    } else if (PlanAttempt now = plan(*record, free); now.plan.has_value()) {
-      decision.reason = MakeReason("PLANNED", now.plan->explanation());
-      TakeDevices(*now.plan, free);
-      decision.plan = std::move(now.plan);
-    } else if (const PlanAttempt later = plan(*record, all); later.plan.has_value()) {
-      head = decision.job_id;
-      decision.position = ++position;
-      const int needed = std::max({now.devices_needed, later.devices_needed, 1});
-      decision.reason = MakeReason("QUEUED", absl::StrCat("waits for ", Devices(needed), ", ", free.size(), " free; position ", position));
     } else {
-      decision.position = ++position;
-      const int needed = std::max(later.devices_needed, 1);
-      const bool too_few = needed > static_cast<int>(all.size());
-      decision.reason = MakeReason(
-          "NO_CAPACITY",
-          too_few ? absl::StrCat("needs ", Devices(needed), ", the cluster has ", all.size(), "; position ", position)
-                  : absl::StrCat(later.message, "; position ", position),
-          too_few ? "start more workers, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size" : "start larger workers, or change the job");
+      Place(*record, free, all, plan, position, decision);
+      if (decision.plan.has_value()) {
+        TakeDevices(*decision.plan, free);
+      } else {
+        ++position;
+        if (decision.reason.code() == "QUEUED") head = decision.job_id;
+      }
     }
     decisions.push_back(std::move(decision));
   }

@@ -37,6 +37,7 @@ struct QueueDecision {
 // Goes through the queued jobs by (priority descending, submit_order). A job starts if it can be laid on the devices that are free. If it
 // cannot, but could on all devices of the cluster, it is the head that waits, and nobody behind it starts: devices that become free are its
 // own. If even the whole cluster is too small, it waits with NO_CAPACITY and lets others pass, as does one whose backoff is not over.
+// A job keeps away from its excluded workers (retry.h) as long as it could be laid on the others; if it could not, it takes them and says so.
 std::vector<QueueDecision> DecideQueue(std::vector<const v1::JobRecord*> queued, std::vector<OfferedDevice> free, const std::vector<OfferedDevice>& all,
                                        const PlanFunction& plan, int64_t now_unix_ms);
 

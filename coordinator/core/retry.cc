@@ -14,6 +14,8 @@ namespace {
 constexpr int kPoisonFailures = 3;
 constexpr absl::Duration kFirstDelay = absl::Milliseconds(500);
 constexpr absl::Duration kLongestDelay = absl::Seconds(30);
+constexpr absl::Duration kDiskDelay = absl::Seconds(15);
+constexpr int kExcludingFailures = 2;
 
 std::string LastLine(absl::string_view text) {
   text = absl::StripTrailingAsciiWhitespace(text);
@@ -23,14 +25,18 @@ std::string LastLine(absl::string_view text) {
 
 }  // namespace
 
-Failure FailureOf(const v1::Failure& report, int64_t status_step) {
+Failure FailureOf(const v1::Failure& report, int32_t rank, int64_t status_step) {
   Failure failure{report.reason(), std::max(report.step(), status_step), false};
+  failure.rank = rank;
   if (failure.reason.code().empty()) failure.reason.set_code("INTERNAL");
   if (failure.reason.owner().empty()) failure.reason.set_owner(MakeReason(failure.reason.code(), "").owner());
   if (failure.reason.owner().empty()) failure.reason.set_owner("INFRASTRUCTURE");
   const std::string& code = failure.reason.code();
-  failure.deterministic = code != "COMM_ERROR" && code != "WORKER_LOST" && code != "STAGE_HUNG" && code != "DISK_FULL" && code != "STALE_EPOCH";
-  failure.weight = failure.reason.owner() == "USER" ? Failure::kUserError : code == "COMM_ERROR" ? Failure::kBrokenLink : Failure::kCause;
+  failure.deterministic = code != "COMM_ERROR" && code != "WORKER_LOST" && code != "STAGE_HUNG" && code != "DISK_FULL" && code != "STALE_EPOCH" &&
+                          code != "OUT_OF_DEVICE_MEMORY";  // that is no user's comes from other processes on the device
+  if (code == "COMM_ERROR") failure.peer = report.peer();
+  const bool link = code == "COMM_ERROR" && report.peer() != rank;  // its own rank: the agent saw this process stand still
+  failure.weight = failure.reason.owner() == "USER" ? Failure::kUserError : link ? Failure::kBrokenLink : Failure::kCause;
   return failure;
 }
 
@@ -40,6 +46,9 @@ Failure FailureOf(const v1::Exited& report, int32_t rank, const std::string& wor
                                          : absl::StrCat(" exited with status ", report.status(), " without a reason");
   if (const std::string last = LastLine(report.detail()); !last.empty()) absl::StrAppend(&how, ": ", last);
   Failure failure{MakeReason("WORKER_CRASHED", absl::StrCat(who, how)), status_step, true};
+  failure.rank = rank;
+  failure.worker = worker;
+  failure.exit = true;
   for (const int kill : {SIGKILL, SIGTERM, SIGINT, SIGHUP, SIGPIPE}) {
     if (report.signal() == kill) failure.deterministic = false;
   }
@@ -57,6 +66,15 @@ RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, i
   decision.state.set_same_failures_in_a_row(!failure.deterministic ? 0 : same ? state.same_failures_in_a_row() + 1 : 1);
   decision.state.set_not_before_unix_ms(0);
   if (failure.reason.owner() == "USER") return decision;
+  if (!failure.worker.empty()) {
+    int32_t& count = (*decision.state.mutable_failures_by_worker())[failure.worker];
+    if (++count == kExcludingFailures) decision.excluded = failure.worker;
+  }
+  if (failure.reason.code() == "DISK_FULL") {
+    decision.restart = decision.pause = true;
+    decision.delay = kDiskDelay;
+    return decision;
+  }
   if (decision.state.same_failures_in_a_row() >= kPoisonFailures) {
     decision.reason =
         MakeReason("POISON_STEP", absl::StrCat("the step after ", failure.step, " failed ", kPoisonFailures, " times in a row: ", failure.reason.message()),
@@ -73,6 +91,15 @@ RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, i
   decision.state.set_restarts_since_checkpoint(restarts);
   if (restarts >= 2) decision.delay = std::min(kLongestDelay, kFirstDelay * (int64_t{1} << std::min(restarts - 2, 10)));
   return decision;
+}
+
+std::vector<std::string> ExcludedWorkers(const v1::RetryState& state) {
+  std::vector<std::string> workers;
+  for (const auto& [worker, count] : state.failures_by_worker()) {
+    if (count >= kExcludingFailures) workers.push_back(worker);
+  }
+  std::sort(workers.begin(), workers.end());
+  return workers;
 }
 
 }  // namespace ppft::coordinator

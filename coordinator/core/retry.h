@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "absl/time/time.h"
 #include "ppft/v1/job.pb.h"
@@ -18,6 +20,10 @@ struct Failure {
   // How near it is to the first cause: a heavier one replaces a lighter one that waits. Light ones wait for a moment: a broken link, or an exit
   // without a reason, mostly follows from a peer's death.
   int weight = kCause;
+  int32_t rank = -1;   // who reported it; -1: the coordinator saw it
+  int32_t peer = -1;   // a broken link: the rank that was lost; -1: not known
+  bool exit = false;   // the agent's word about a trainer that ended, not the trainer's own
+  std::string worker;  // whom it is counted against; "" = the worker of `rank`
 
   static constexpr int kBrokenLink = 1;
   static constexpr int kUnexplainedExit = 2;
@@ -26,18 +32,24 @@ struct Failure {
   bool waits_for_cause() const { return weight < kCause; }
 };
 
-Failure FailureOf(const v1::Failure& report, int64_t status_step);
+Failure FailureOf(const v1::Failure& report, int32_t rank, int64_t status_step);
 Failure FailureOf(const v1::Exited& report, int32_t rank, const std::string& worker, int64_t status_step);
 
 struct RetryDecision {
   bool restart = false;
+  bool pause = false;    // as `restart`, but the job waits in PAUSED and its budget stays
   absl::Duration delay;  // before the next attempt
   v1::Reason reason;     // of the move to RECOVERING or FAILED
   v1::RetryState state;  // not_before_unix_ms is left to the caller
+  std::string excluded;  // the worker that this failure excludes from the job; "" = none
 };
 
-// Errors of the user end the job. Others restart it, up to `max_restarts` times without a new checkpoint in between: at once the first time,
-// then after 0.5 s, 1 s, 2 s … 30 s. A deterministic failure at one step three times in a row is the job's own: POISON_STEP.
+// Errors of the user end the job. A full disk is the operator's: the job pauses. Others restart it, up to `max_restarts` times without a new checkpoint in
+// between: at once the first time, then after 0.5 s, 1 s, 2 s … 30 s. A deterministic failure at one step three times in a row is the job's own:
+// POISON_STEP. The failure counts against `failure.worker`; a worker that failed the job twice is excluded.
 RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, int max_restarts);
+
+// Workers that failed the job twice, by name: it goes elsewhere while others can take it (queue.h).
+std::vector<std::string> ExcludedWorkers(const v1::RetryState& state);
 
 }  // namespace ppft::coordinator

@@ -304,10 +304,18 @@ void RankRunner::WatchProgress() {
     // A rank that waits for another has its own deadline; the agent steps in only if that fails too.
     const absl::Duration budget = trainer::WaitsForPeer(section) ? 2 * timeout : timeout;
     if (absl::FromChrono(now - changed_at) < budget) continue;
-    Enqueue(FailureReport(
-        "STAGE_HUNG", "INFRASTRUCTURE",
-        absl::StrCat("no progress for ", absl::FormatDuration(budget), " in section \"", trainer::SectionName(section), "\", step ", beat->step.load()),
-        "the job starts again from its newest checkpoint; raise limits.stall_timeout if its steps are that slow"));
+    const std::string where = absl::StrCat("section \"", trainer::SectionName(section), "\", step ", beat->step.load());
+    if (process_.stopped()) {
+      v1::TrainerReport report =
+          FailureReport("COMM_ERROR", "INFRASTRUCTURE",
+                        absl::StrCat("the trainer's process is stopped (SIGSTOP or a debugger) for ", absl::FormatDuration(budget), " in ", where),
+                        "the job starts again from its newest checkpoint; find out who stops processes on that host");
+      report.mutable_failure()->set_peer(key().rank());  // its neighbours say the same of it
+      Enqueue(std::move(report));
+    } else {
+      Enqueue(FailureReport("STAGE_HUNG", "INFRASTRUCTURE", absl::StrCat("no progress for ", absl::FormatDuration(budget), " in ", where),
+                            "the job starts again from its newest checkpoint; raise limits.stall_timeout if its steps are that slow"));
+    }
     process_.Kill(SIGKILL);
     return;
   }

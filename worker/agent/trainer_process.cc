@@ -149,4 +149,14 @@ void TrainerProcess::Kill(int signal) {
   if (pid_ > 0) kill(pid_, signal);
 }
 
+bool TrainerProcess::stopped() {
+  std::lock_guard<std::mutex> lock(pid_mutex_);
+  if (pid_ <= 0) return false;
+  const absl::StatusOr<std::string> stat = ReadFile(absl::StrCat("/proc/", pid_.load(), "/stat"));
+  const size_t name_end = stat.ok() ? stat->rfind(')') : std::string::npos;
+  if (name_end == std::string::npos || name_end + 2 >= stat->size()) return false;
+  const char state = (*stat)[name_end + 2];
+  return state == 'T' || state == 't';
+}
+
 }  // namespace ppft::agent

@@ -37,6 +37,8 @@ class TrainerProcess {
   // Blocks until the child is gone.
   v1::Exited Wait();
   void Kill(int signal);
+  // A signal (SIGSTOP) or a debugger holds the child: it cannot run until somebody lets it.
+  bool stopped();
   bool alive() const { return pid_ > 0; }
 
  private:

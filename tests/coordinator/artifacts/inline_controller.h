@@ -40,6 +40,14 @@ class InlineController : public Controller {
     if (found->second != rank.epoch()) return absl::FailedPreconditionError(absl::StrCat("STALE_EPOCH: ", rank.epoch(), " is not ", found->second));
     return absl::OkStatus();
   }
+  void ReportDiskFull(const v1::RankKey& rank, int64_t needed_bytes, const std::string& message) override {
+    absl::MutexLock lock(&mutex_);
+    disk_full_ = absl::StrCat(rank.job_id(), " needs ", needed_bytes, ": ", message);
+  }
+  std::string disk_full() {
+    absl::MutexLock lock(&mutex_);
+    return disk_full_;
+  }
   void SetEpoch(const std::string& job, int64_t epoch) {
     absl::MutexLock lock(&mutex_);
     epochs_[job] = epoch;
@@ -49,6 +57,7 @@ class InlineController : public Controller {
   absl::Mutex mutex_;
   std::unique_ptr<JobStore> store_ ABSL_GUARDED_BY(mutex_);
   std::map<std::string, int64_t> epochs_ ABSL_GUARDED_BY(mutex_);
+  std::string disk_full_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace ppft::coordinator

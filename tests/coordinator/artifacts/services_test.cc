@@ -1,6 +1,7 @@
 // The room as clients see it: uploads, datasets, registration with everything that must be refused, files for workers. Through gRPC on loopback,
 // with a real store and the real ppft-prepare.
 #include <grpcpp/grpcpp.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -310,6 +311,54 @@ TEST_F(ServicesTest, RegistersShardsAndUploads) {
   map["model.norm.weight"] = "model-00003-of-00002.safetensors";
   PutFile(folder, "model.safetensors.index.json", model::SafetensorsIndexText(map, 1));
   EXPECT_THAT(Register("bad", folder).error_message(), HasSubstr("not in the folder"));
+}
+
+// What is wrong with an upload is told in the user's words: no path of the coordinator's.
+TEST_F(ServicesTest, ABadUploadIsToldWithTheUsersOwnFolder) {
+  const std::string folder = JoinPath(dir_, "root/mine");
+  const auto upload = [&](const std::string& source) {
+    v1::RegisterModelRequest request;
+    request.set_name(absl::StrCat("bad-", ++counter_));
+    request.mutable_files()->set_source(source);
+    const auto names = ListDir(folder);
+    for (const std::string& name : *names) {
+      const std::string bytes = *ReadFile(JoinPath(folder, name));
+      EXPECT_TRUE(Upload(bytes).ok());
+      v1::FileRef* file = request.mutable_files()->add_files();
+      file->set_name(name);
+      file->set_sha256(Sha256Hex(bytes));
+      file->set_size_bytes(static_cast<int64_t>(bytes.size()));
+    }
+    v1::Model model;
+    const grpc::Status status = Register(request, &model);
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+    EXPECT_THAT(status.error_message(), ::testing::Not(HasSubstr(JoinPath(dir_, "data"))));
+    return status.error_message();
+  };
+  PutTinyModel(folder);
+  const std::string whole = *ReadFile(JoinPath(folder, "model.safetensors"));
+  PutFile(folder, "model.safetensors", whole.substr(0, whole.size() - 40));
+  EXPECT_THAT(upload("../my models/mine"), HasSubstr("../my models/mine/model.safetensors: "));
+  EXPECT_THAT(upload(""), ::testing::StartsWith("model.safetensors: "));
+  PutTinyModel(folder);
+  PutFile(folder, "tokenizer.json", "{}");
+  EXPECT_THAT(upload("mine"), HasSubstr("mine"));
+}
+
+TEST_F(ServicesTest, AWorkersFileThatHasNoRoomPausesItsJobAndLeavesNothing) {
+  controller_->SetEpoch("job-1", 3);
+  const std::string bytes(300000, 'c');
+  rlimit before;
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+  const rlimit small{200000, before.rlim_max};
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
+  const grpc::Status status = Put(3, bytes, Sha256Hex(bytes));
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &before), 0);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_THAT(controller_->disk_full(), HasSubstr("job-1 needs"));
+  EXPECT_THAT(controller_->disk_full(), HasSubstr("a file of 300000 bytes"));
+  EXPECT_TRUE(ListDir(JoinPath(dir_, "data/partial"))->empty());
+  EXPECT_TRUE(Put(3, bytes, Sha256Hex(bytes)).ok());
 }
 
 struct BadModel {

@@ -100,5 +100,43 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"a job in its backoff lets others pass", 2, 2, {{"a", 50, 2, 2000}, {"b", 50, 2}}, {"b"}, {{"a", "BACKOFF"}}},
         Case{"a job whose backoff is over starts", 2, 2, {{"a", 50, 2, 999}}, {"a"}, {}}));
 
+// Workers a, b and c with one device each; b has failed the job twice.
+QueueDecision WithExcluded(const std::vector<std::string>& free, int devices) {
+  const auto offer = [](const std::vector<std::string>& workers) {
+    std::vector<OfferedDevice> out;
+    for (const std::string& worker : workers) {
+      out.push_back(OfferedDevice{worker, {}});
+      out.back().device.set_id("cpu:0");
+    }
+    return out;
+  };
+  v1::JobRecord record;
+  record.mutable_job()->set_id("job-a");
+  record.mutable_job()->mutable_spec()->mutable_parallel()->set_pipeline_parallel_size(devices);
+  (*record.mutable_retry()->mutable_failures_by_worker())["b"] = 2;
+  (*record.mutable_retry()->mutable_failures_by_worker())["c"] = 1;
+  return DecideQueue({&record}, offer(free), offer({"a", "b", "c"}), TakeAsAsked, 1000).at(0);
+}
+
+TEST(ExcludedWorker, IsLeftOutWhileOthersCanTakeTheJob) {
+  const QueueDecision started = WithExcluded({"a", "b", "c"}, 2);
+  ASSERT_TRUE(started.plan.has_value());
+  EXPECT_EQ(started.plan->ranks(0).worker(), "a");
+  EXPECT_EQ(started.plan->ranks(1).worker(), "c");
+  EXPECT_NE(started.reason.message().find("b failed this job twice and is left out"), std::string::npos) << started.reason.message();
+  const QueueDecision waits = WithExcluded({"b", "c"}, 2);
+  EXPECT_FALSE(waits.plan.has_value()) << "the free device of an excluded worker is none";
+  EXPECT_EQ(waits.reason.code(), "QUEUED");
+}
+
+TEST(ExcludedWorker, IsUsedAgainWhenNoOtherCanTakeTheJob) {
+  const QueueDecision started = WithExcluded({"a", "b", "c"}, 3);
+  ASSERT_TRUE(started.plan.has_value());
+  EXPECT_EQ(started.plan->ranks_size(), 3);
+  EXPECT_NE(started.reason.message().find("b failed this job twice, but the other workers cannot take it"), std::string::npos) << started.reason.message();
+  EXPECT_EQ(WithExcluded({"a", "c"}, 3).reason.code(), "QUEUED") << "it waits for the excluded one";
+  EXPECT_EQ(WithExcluded({"a", "b", "c"}, 4).reason.code(), "NO_CAPACITY");
+}
+
 }  // namespace
 }  // namespace ppft::coordinator

@@ -15,7 +15,7 @@ Failure OwnError(int64_t step) {
   v1::Failure report;
   *report.mutable_reason() = MakeReason("DEVICE_ERROR", "an illegal address");
   report.set_step(step);
-  return FailureOf(report, 0);
+  return FailureOf(report, 0, 0);
 }
 
 TEST(Retry, DelaysGrowFromNothingToThirtySeconds) {
@@ -44,7 +44,7 @@ TEST(Retry, NoRestartsAllowedMeansTheFirstFailureEndsIt) { EXPECT_FALSE(DecideRe
 TEST(Retry, ErrorsOfTheUserNeverRestart) {
   v1::Failure report;
   *report.mutable_reason() = MakeReason("NUMERIC_DIVERGENCE", "the loss is NaN");
-  const RetryDecision decision = DecideRetry({}, FailureOf(report, 5), 5);
+  const RetryDecision decision = DecideRetry({}, FailureOf(report, 0, 5), 5);
   EXPECT_FALSE(decision.restart);
   EXPECT_EQ(decision.reason.code(), "NUMERIC_DIVERGENCE");
 }
@@ -101,10 +101,11 @@ TEST(Retry, AnExitNamesRankWorkerSignalAndLastLine) {
 TEST(Retry, ABrokenLinkAndAnUnexplainedExitWaitForTheirCause) {
   v1::Failure link;
   *link.mutable_reason() = MakeReason("COMM_ERROR", "rank 1: closed");
+  link.set_peer(1);
   v1::Exited plain, killed;
   plain.set_status(1);
   killed.set_signal(SIGKILL);
-  const Failure a = FailureOf(link, 0), b = FailureOf(plain, 0, "w", 0), c = FailureOf(killed, 0, "w", 0);
+  const Failure a = FailureOf(link, 0, 0), b = FailureOf(plain, 0, "w", 0), c = FailureOf(killed, 0, "w", 0);
   EXPECT_TRUE(a.waits_for_cause());
   EXPECT_TRUE(b.waits_for_cause());
   EXPECT_FALSE(c.waits_for_cause());
@@ -112,8 +113,46 @@ TEST(Retry, ABrokenLinkAndAnUnexplainedExitWaitForTheirCause) {
   EXPECT_LT(b.weight, c.weight);
 }
 
+TEST(Retry, AFullDiskPausesAndCostsNoRestart) {
+  v1::Failure report;
+  *report.mutable_reason() = MakeReason("DISK_FULL", "no room under --work_dir");
+  v1::RetryState state;
+  for (int i = 0; i < 20; ++i) {
+    const RetryDecision decision = DecideRetry(state, FailureOf(report, 0, 40), 1);
+    ASSERT_TRUE(decision.restart && decision.pause) << "time " << i + 1;
+    EXPECT_GT(decision.delay, absl::ZeroDuration());
+    state = decision.state;
+  }
+  EXPECT_TRUE(DecideRetry(state, Lost(), 1).restart) << "the budget is whole";
+}
+
+TEST(Retry, AWorkerThatFailsTheJobTwiceIsExcluded) {
+  Failure by_one = Lost(), by_two = Lost();
+  by_one.worker = "worker-1";
+  by_two.worker = "worker-2";
+  v1::RetryState state;
+  struct Row {
+    const Failure& failure;
+    const char* excluded;
+  };
+  for (const Row& row : {Row{by_one, ""}, Row{by_two, ""}, Row{by_one, "worker-1"}, Row{by_one, ""}, Row{by_two, "worker-2"}}) {
+    const RetryDecision decision = DecideRetry(state, row.failure, 100);
+    EXPECT_EQ(decision.excluded, row.excluded);
+    state = decision.state;
+  }
+  EXPECT_EQ(ExcludedWorkers(state), (std::vector<std::string>{"worker-1", "worker-2"}));
+}
+
+TEST(Retry, ErrorsOfTheUserCountAgainstNoWorker) {
+  v1::Failure report;
+  *report.mutable_reason() = MakeReason("NUMERIC_DIVERGENCE", "the loss is NaN");
+  Failure failure = FailureOf(report, 0, 5);
+  failure.worker = "worker-1";
+  EXPECT_EQ(DecideRetry({}, failure, 5).state.failures_by_worker_size(), 0);
+}
+
 TEST(Retry, AFailureWithoutAReasonIsInfrastructure) {
-  const Failure failure = FailureOf(v1::Failure(), 3);
+  const Failure failure = FailureOf(v1::Failure(), 1, 3);
   EXPECT_EQ(failure.reason.owner(), "INFRASTRUCTURE");
   EXPECT_EQ(failure.step, 3);
 }

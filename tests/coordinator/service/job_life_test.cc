@@ -58,6 +58,7 @@ v1::TrainerReport Killed(int signal) {
 v1::TrainerReport BrokenLink() {
   v1::TrainerReport report;
   *report.mutable_failure()->mutable_reason() = MakeReason("COMM_ERROR", "rank 1: closed");
+  report.mutable_failure()->set_peer(1);
   return report;
 }
 
@@ -270,13 +271,158 @@ TEST_F(JobLifeTest, BadDataFailsTheJobWithItsRow) {
   EXPECT_THAT(job.status().reason().message(), HasSubstr("row 3"));
 }
 
-TEST_F(JobLifeTest, AFullDiskIsWaitedOut) {
-  work_.set_prepare_error(absl::ResourceExhaustedError("no room"));
+// The first move to `state` in the job's events.
+v1::Event MoveTo(const std::vector<v1::Event>& events, v1::JobState state) {
+  for (const v1::Event& event : events) {
+    if (event.to() == state && event.from() != state) return event;
+  }
+  return v1::Event();
+}
+
+TEST_F(JobLifeTest, AStoppedPeerIsNamedByTheRankThatLostIt) {
   Begin();
   const std::string id = Submit(Spec(2));
-  EXPECT_EQ(WaitUntil(id, [](const v1::Job& job) { return job.status().reason().code() == "DISK_FULL"; }).status().state(), v1::JOB_STATE_PREPARING);
+  MakeReady(id, 1);
+  v1::TrainerReport left;
+  left.mutable_exited()->set_status(1);
+  workers_[0]->Report(Key(id, 1, 0), BrokenLink());
+  workers_[0]->Report(Key(id, 1, 0), left);  // rank 1 says nothing: it stands still
+  workers_[1]->WaitForRank(1, 2);
+  const v1::Reason reason = MoveTo(Events(id), v1::JOB_STATE_RECOVERING).reason();
+  EXPECT_EQ(reason.code(), "COMM_ERROR");
+  EXPECT_THAT(reason.message(), HasSubstr("rank 0 on worker-0 lost rank 1 on worker-1"));
+}
+
+TEST_F(JobLifeTest, AWorkerThatFailsAJobTwiceIsNotUsedForItAgain) {
+  Begin();
+  for (const auto& worker : workers_) worker->welcome_acked();
+  const std::string id = Submit(Spec(1));
+  for (int64_t epoch = 1; epoch <= 2; ++epoch) {
+    workers_[0]->WaitForRank(0, epoch);
+    workers_[0]->Report(Key(id, epoch, 0), Killed(SIGKILL));
+  }
+  EXPECT_EQ(workers_[1]->WaitForRank(0, 3).rank().job_id(), id);
+  bool said = false;
+  for (const v1::Event& event : Events(id))
+    said = said || (event.reason().code() == "WORKER_EXCLUDED" && event.reason().message().find("worker-0") != std::string::npos);
+  EXPECT_TRUE(said);
+  EXPECT_THAT(Get(id).status().reason().message(), HasSubstr("worker-0 failed this job twice and is left out"));
+}
+
+TEST_F(JobLifeTest, AnExcludedWorkerIsUsedAgainWhenNoOtherCanTakeTheJob) {
+  Begin();
+  const std::string id = Submit(Spec(2));
+  for (int64_t epoch = 1; epoch <= 2; ++epoch) {
+    workers_[1]->WaitForRank(1, epoch);
+    workers_[1]->Report(Key(id, epoch, 1), Killed(SIGKILL));
+  }
+  workers_[1]->WaitForRank(1, 3);
+  EXPECT_THAT(Get(id).status().reason().message(), HasSubstr("worker-1 failed this job twice, but the other workers cannot take it"));
+}
+
+DiskRoom Full() {
+  DiskRoom room;
+  room.free_bytes = 1000;
+  room.high_bytes = 1 << 20;
+  room.full = true;
+  return room;
+}
+
+DiskRoom Free(int64_t bytes = int64_t{1} << 40) {
+  DiskRoom room;
+  room.free_bytes = bytes;
+  room.high_bytes = 1 << 20;
+  return room;
+}
+
+bool IsPausedForDisk(const v1::Job& job) { return job.status().state() == v1::JOB_STATE_PAUSED && job.status().reason().code() == "DISK_FULL"; }
+
+TEST_F(JobLifeTest, DataThatDoNotFitPauseTheJobUntilThereIsRoom) {
+  work_.set_prepare_error(absl::ResourceExhaustedError("no room for the token file"));
+  Begin();
+  const std::string id = Submit(Spec(2));
+  const v1::Reason reason = WaitUntil(id, IsPausedForDisk).status().reason();
+  EXPECT_EQ(reason.owner(), "OPERATOR");
+  EXPECT_THAT(reason.message(), HasSubstr("no room for the token file"));
+  EXPECT_THAT(reason.message(), HasSubstr("goes on by itself"));
+  EXPECT_THAT(reason.remedy(), HasSubstr("--data_dir"));
   work_.set_prepare_error(absl::OkStatus());
   WaitFor(id, v1::JOB_STATE_STARTING);
+  EXPECT_THAT(Road(id), testing::StartsWith("PREPARING PAUSED PREPARING"));
+}
+
+TEST_F(JobLifeTest, AFullDiskStopsAdmissionAndPausesWhatWaitsButNotWhatRuns) {
+  Begin();
+  const std::string running = Submit(Spec(2), "first");
+  MakeReady(running, 1);
+  const std::string waiting = Submit(Spec(2), "second");
+  WaitUntil(waiting, [](const v1::Job& job) { return job.status().queue_position() == 1; });
+  work_.set_room(Full());
+  WaitUntil(waiting, IsPausedForDisk);
+  v1::Job job;
+  const grpc::Status refused = TrySubmit(Spec(2), "third", &job);
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_THAT(refused.error_message(), HasSubstr("DISK_FULL"));
+  EXPECT_EQ(Submit(Spec(2), "first"), running) << "a repeated request gets its answer";
+  EXPECT_EQ(Get(running).status().state(), v1::JOB_STATE_RUNNING);
+  Down();
+  Up();
+  for (const auto& worker : workers_) worker->Connect(address_);
+  EXPECT_TRUE(IsPausedForDisk(Get(waiting))) << "it survives a restart";
+  work_.set_room(Free());
+  WaitUntil(waiting, [](const v1::Job& now) { return now.status().state() == v1::JOB_STATE_QUEUED && now.status().queue_position() == 1; });
+  Finish(running, 1);
+  EXPECT_EQ(workers_[0]->WaitForRank(0, 1).rank().job_id(), waiting);
+}
+
+TEST_F(JobLifeTest, ARunningJobWhoseFilesHaveNoRoomPausesAndGoesOnFromItsCheckpoint) {
+  Begin();
+  const std::string id = Submit(Spec(2));
+  MakeReady(id, 1);
+  Save(id, 1, 2);
+  work_.set_room(Free(5 << 20));
+  controller_->ReportDiskFull(Key(id, 7, 0), 1, "of another epoch: changes nothing");
+  controller_->ReportDiskFull(Key(id, 1, 0), 8 << 20, "no room for the checkpoint of rank 0");
+  const v1::Job paused = WaitUntil(id, IsPausedForDisk);
+  EXPECT_THAT(paused.status().reason().message(), HasSubstr("no room for the checkpoint of rank 0"));
+  EXPECT_THAT(paused.status().reason().message(), HasSubstr("when 8 MiB are free"));
+  for (const auto& worker : workers_) EXPECT_TRUE(worker->WaitForNothing()) << "a paused job holds no device";
+  Down();
+  Up();
+  for (const auto& worker : workers_) worker->Connect(address_);
+  EXPECT_TRUE(IsPausedForDisk(Get(id))) << "5 MiB are not the 8 that it needs";
+  work_.set_room(Free(9 << 20));
+  EXPECT_EQ(workers_[0]->WaitForRank(0, 2).resume().state().step(), 2);
+  MakeReady(id, 2);
+  Finish(id, 2);
+  EXPECT_EQ(Get(id).status().restarts(), 0) << "a full disk is nobody's failure";
+  EXPECT_EQ(Road(id), "PREPARING QUEUED STARTING RUNNING RECOVERING QUEUED PAUSED QUEUED STARTING RUNNING EXPORTING SUCCEEDED");
+}
+
+TEST_F(JobLifeTest, AStoreShortOfRoomPausesWhatRunsToo) {
+  Begin();
+  const std::string id = Submit(Spec(2));
+  MakeReady(id, 1);
+  DiskRoom room = Full();
+  room.critical = true;
+  work_.set_room(room);
+  WaitUntil(id, IsPausedForDisk);
+  work_.set_room(Free());
+  MakeReady(id, 2);
+}
+
+TEST_F(JobLifeTest, APausedJobIsCancelledAtOnce) {
+  Begin();
+  const std::string id = Submit(Spec(8));
+  WaitFor(id, v1::JOB_STATE_QUEUED);
+  work_.set_room(Full());
+  WaitUntil(id, IsPausedForDisk);
+  grpc::ClientContext context;
+  v1::CancelJobRequest request;
+  request.set_id(id);
+  v1::Job job;
+  ASSERT_TRUE(jobs_->CancelJob(&context, request, &job).ok());
+  EXPECT_EQ(job.status().state(), v1::JOB_STATE_CANCELLED);
 }
 
 TEST_F(JobLifeTest, RestartsEndWhenTheBudgetIsSpent) {

@@ -54,6 +54,15 @@ class StandInWork : public JobWork {
     std::lock_guard<std::mutex> lock(mutex_);
     deleted_.insert(sha256s.begin(), sha256s.end());
   }
+  DiskRoom LookAtDisk() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return room_;
+  }
+  void GiveUpBallast() override {}
+  void set_room(DiskRoom room) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    room_ = room;
+  }
   void set_prepare_error(absl::Status status) {
     std::lock_guard<std::mutex> lock(mutex_);
     prepare_error_ = std::move(status);
@@ -66,6 +75,7 @@ class StandInWork : public JobWork {
  private:
   std::mutex mutex_;
   absl::Status prepare_error_;     // guarded by mutex_
+  DiskRoom room_;                  // guarded by mutex_
   std::set<std::string> deleted_;  // guarded by mutex_
 };
 

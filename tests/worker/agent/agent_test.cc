@@ -293,6 +293,19 @@ TEST_F(AgentTest, WhileTheCoordinatorIsAwayTheTrainerLivesAndReportsAreKept) {
   const pid_t pid = TrainerPid();
   const int port = port_;
   server_->Shutdown(std::chrono::system_clock::now());
+TEST_F(AgentTest, AStoppedTrainerIsNamedAsItsNeighboursNameIt) {
+  coordinator_.Direct({Rank("hang")});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
+  ASSERT_EQ(kill(TrainerPid(), SIGSTOP), 0);
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("exited"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  EXPECT_THAT(coordinator_.Kinds(), ElementsAre("listening", "ready", "failure", "exited"));
+  const v1::Failure& failure = coordinator_.reports[2].report().failure();
+  EXPECT_EQ(failure.reason().code(), "COMM_ERROR");
+  EXPECT_EQ(failure.peer(), coordinator_.reports[2].rank().rank());
+  EXPECT_THAT(failure.reason().message(), HasSubstr("is stopped"));
+}
+
   server_.reset();
   {
     std::lock_guard<std::mutex> lock(coordinator_.mutex);
