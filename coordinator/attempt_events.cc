@@ -142,6 +142,7 @@ void JobController::EndAttempt(JobEntry& job) {
   job.ready.clear();
   job.exported.clear();
   job.first_written.clear();
+  if (job.trace.has_value()) job.trace.emplace(TraceRun{job.trace->order, {}, {}});  // the next attempt answers anew
   job.failures.Clear();
   job.changed = true;
 }

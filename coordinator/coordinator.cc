@@ -143,7 +143,9 @@ absl::Status Coordinator::Serve(const CoordinatorOptions& options) {
       std::make_unique<JobServiceImpl>(controller, [this](const v1::ArtifactManifest& adapter, const v1::ModelRecord& model, const v1::AdapterSpec& spec) {
         return artifacts_->CheckInitAdapter(adapter, model, spec);
       });
-  cluster_service_ = std::make_unique<ClusterServiceImpl>(controller, options.version, options.data_dir);
+  cluster_service_ = std::make_unique<ClusterServiceImpl>(controller, options.version, options.data_dir,
+                                                          [this](const std::vector<v1::ModelRecord>& models, const std::vector<v1::Dataset>& datasets,
+                                                                 bool contents) { return artifacts_->CheckFiles(models, datasets, contents); });
   worker_service_ = std::make_unique<WorkerServiceImpl>(controller, artifacts_->worker_files());
   PPFT_ASSIGN_OR_RETURN(metrics_http_, metrics::HttpServer::Start(options.metrics_listen, metrics_->registry(), [controller] {
                           const auto workers =
@@ -182,8 +184,8 @@ Coordinator::~Coordinator() {
     server_->Wait();
     server_.reset();
   }
+  if (artifacts_ != nullptr) artifacts_->Detach();
   if (controller_ != nullptr) controller_->Stop();
 }
 
 }  // namespace ppft::coordinator
-  if (artifacts_ != nullptr) artifacts_->Detach();

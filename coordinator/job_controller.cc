@@ -231,6 +231,7 @@ absl::Status JobController::Load() {
   queue_changed_ = true;
   PPFT_ASSIGN_OR_RETURN(const int64_t start, store_->NextStart());
   next_revision_ = (start << 32) + 1;
+  next_trace_id_ = (start << 20) + 1;  // trainers pass it around as a double
   PPFT_ASSIGN_OR_RETURN(const std::vector<WorkerRow> workers, store_->LoadWorkers());
   for (const WorkerRow& row : workers) {
     WorkerEntry& worker = EntryOf(row.name);

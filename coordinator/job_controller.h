@@ -89,6 +89,13 @@ class JobController : public Controller {
   int64_t Subscribe(const std::string& job_id, std::function<void()> changed);
   void Unsubscribe(int64_t subscription);
 
+  // Traces (trace_events.cc). One at a time for a job: FAILED_PRECONDITION while another is under way, or if no step is left. Answers its id.
+  absl::StatusOr<int64_t> BeginTrace(const std::string& id, int num_steps);
+  // Nothing if it is over.
+  void EndTrace(const std::string& id, int64_t trace);
+  // True: all ranks have answered, `out` has it all. Subscribers of the job are called when something came.
+  absl::StatusOr<bool> TakeTrace(const std::string& id, int64_t trace, std::deque<v1::TraceJobResponse>* out);
+
   // The worker stream, on the controller's thread, in a body. OnHello answers INVALID_ARGUMENT for a hello that makes no sense.
   absl::Status OnHello(const std::shared_ptr<WorkerLink>& link, const v1::WorkerHello& hello);
   absl::Status OnWorkerMessage(const std::shared_ptr<WorkerLink>& link, const v1::WorkerMessage& message);
@@ -106,6 +113,12 @@ class JobController : public Controller {
     int64_t revision = 0;  // of the first directive without it; 0 = not sent yet
   };
 
+  struct TraceRun {
+    v1::TraceOrder order;
+    std::set<int32_t> done;  // ranks of the present attempt that have answered
+    std::deque<v1::TraceJobResponse> parts;
+  };
+
   struct JobEntry {
     v1::JobRecord record;
     int64_t stored_epoch = 0;
@@ -116,6 +129,7 @@ class JobController : public Controller {
     AttemptFailures failures;  // not empty: wait for a better cause until failure_deadline
     absl::Time failure_deadline;
     std::vector<v1::CheckpointManifest> checkpoints;  // by step
+    absl::optional<TraceRun> trace;                   // kept over attempts
     std::map<int64_t, absl::Time> first_written;      // checkpoint step -> when the first rank's file came
     int64_t queued_unix_ms = 0;
     int64_t work_id = 0;  // of the preparation or assembly under way; 0 = none
@@ -183,6 +197,8 @@ class JobController : public Controller {
   void Fail(JobEntry& job, const Failure& failure);
   void GiveUp(JobEntry& job, const v1::Reason& reason);  // to RECOVERING, back to where the newest checkpoint is
   void FinishGivingUp(JobEntry& job);
+  void PauseForDisk(JobEntry& job, const std::string& what, int64_t needed_bytes);  // from PREPARING, QUEUED or a state with ranks
+  void TickDisk();
   bool AllExported(const JobEntry& job) const;
   absl::Status LoadInitAdapter(JobEntry& job);
 
@@ -197,14 +213,14 @@ class JobController : public Controller {
   void OnExited(JobEntry& job, const WorkerEntry& worker, const v1::RankReport& report);
   void CommitCheckpoint(JobEntry& job, v1::CheckpointManifest manifest);
   void DropUnreferenced(const std::set<std::string>& contents);
-  void PauseForDisk(JobEntry& job, const std::string& what, int64_t needed_bytes);  // from PREPARING, QUEUED or a state with ranks
-  void TickDisk();
+  void OnTrace(JobEntry& job, const WorkerEntry& worker, const v1::RankPlan& rank, const v1::RankTrace& trace);
 
   // Workers (worker_events.cc).
   WorkerEntry& EntryOf(const std::string& name);
   WorkerEntry* ByLink(const std::shared_ptr<WorkerLink>& link);
   void TickWorkers();
   void LoseRanks(const WorkerEntry& worker, const std::string& why);
+  std::set<std::string> Unreachable(const v1::Plan& plan) const;
   void SendDirectives();
   v1::Directive DirectiveFor(const std::string& worker);
   void DirectivesChanged(const JobEntry& job);
@@ -220,7 +236,6 @@ class JobController : public Controller {
   const ControllerOptions options_;
 
   // The controller's thread.
-  std::set<std::string> Unreachable(const v1::Plan& plan) const;
   std::map<std::string, JobEntry> jobs_;
   std::map<std::string, WorkerEntry> workers_;
   std::map<std::string, v1::ModelRecord> models_;  // cache; a registered model never changes
@@ -232,7 +247,9 @@ class JobController : public Controller {
   int64_t next_submit_order_ = 1;
   int64_t next_subscription_ = 1;
   int64_t next_work_id_ = 1;
+  int64_t next_trace_id_ = 1;
   int64_t next_revision_ = 1;
+  DiskRoom disk_;  // as of the last batch
   int prepares_running_ = 0;
   bool queue_changed_ = true;
   bool loaded_ = false;
@@ -246,4 +263,3 @@ class JobController : public Controller {
 };
 
 }  // namespace ppft::coordinator
-  DiskRoom disk_;  // as of the last batch

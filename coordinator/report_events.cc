@@ -87,6 +87,8 @@ void JobController::OnCurrentReport(JobEntry& job, const WorkerEntry& worker, co
       return OnFailure(job, FailureOf(body.failure(), key.rank(), status.step()));
     case v1::TrainerReport::kExited:
       return OnExited(job, worker, report);
+    case v1::TrainerReport::kTrace:
+      return OnTrace(job, worker, *FindRank(job.record.plan(), key.rank()), body.trace());
     case v1::TrainerReport::kStats:  // the agents serve these figures themselves
     case v1::TrainerReport::kLog:
     case v1::TrainerReport::REPORT_NOT_SET:
@@ -165,9 +167,9 @@ void JobController::CommitCheckpoint(JobEntry& job, v1::CheckpointManifest manif
   job.checkpoints.push_back(std::move(manifest));
   status.set_checkpoint_step(step);
   job.record.mutable_retry()->set_restarts_since_checkpoint(0);
+  job.disk_pauses = 0;
   job.changed = true;
 
-  job.disk_pauses = 0;
   std::set<std::string> contents;
   for (const int64_t gone : CheckpointsToDelete(job.checkpoints, job.record.job().spec().checkpoint().save_total_limit(), {job.record.resume_step()})) {
     for (auto it = job.checkpoints.begin(); it != job.checkpoints.end(); ++it) {

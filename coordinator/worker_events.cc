@@ -74,6 +74,8 @@ absl::Status JobController::OnHello(const std::shared_ptr<WorkerLink>& link, con
   worker.shown.set_address(hello.address());
   worker.shown.set_metrics_address(hello.metrics_address());
   *worker.shown.mutable_devices() = hello.devices();
+  *worker.shown.mutable_host() = hello.host();
+  *worker.shown.mutable_problems() = hello.problems();
   worker.shown.mutable_connect_time()->set_seconds(now_unix_ms() / 1000);
   worker.link = link;
   worker.lost = false;
@@ -106,6 +108,8 @@ absl::Status JobController::OnWorkerMessage(const std::shared_ptr<WorkerLink>& l
     if (running != worker->running) queue_changed_ = true;
     worker->running = std::move(running);
     worker->applied_revision = message.heartbeat().applied_revision();
+    if (message.heartbeat().has_clock()) *worker->shown.mutable_clock() = message.heartbeat().clock();
+    worker->shown.set_disk_free_bytes(message.heartbeat().disk_free_bytes());
   }
   if (message.has_report()) OnReport(*worker, message.report());
   return absl::OkStatus();
@@ -152,10 +156,6 @@ void JobController::LoseRanks(const WorkerEntry& worker, const std::string& why)
   }
 }
 
-void JobController::DirectivesChanged(const JobEntry& job) {
-  for (const v1::RankPlan& rank : job.record.plan().ranks()) EntryOf(rank.worker()).directive_due = true;
-}
-
 std::set<std::string> JobController::Unreachable(const v1::Plan& plan) const {
   std::set<std::string> names;
   for (const v1::RankPlan& rank : plan.ranks()) {
@@ -163,6 +163,10 @@ std::set<std::string> JobController::Unreachable(const v1::Plan& plan) const {
     if (worker == workers_.end() || worker->second.link == nullptr) names.insert(rank.worker());
   }
   return names;
+}
+
+void JobController::DirectivesChanged(const JobEntry& job) {
+  for (const v1::RankPlan& rank : job.record.plan().ranks()) EntryOf(rank.worker()).directive_due = true;
 }
 
 v1::Directive JobController::DirectiveFor(const std::string& name) {
@@ -182,6 +186,7 @@ v1::Directive JobController::DirectiveFor(const std::string& name) {
         inputs.model = *model;
         inputs.init_adapter = job.init_adapter;
         inputs.endpoints = &job.endpoints;
+        inputs.trace = job.trace.has_value() ? &job.trace->order : nullptr;
         inputs.best = BestCheckpoint(job.checkpoints);
         for (const v1::CheckpointManifest& manifest : job.checkpoints) {
           if (manifest.state().step() == job.record.resume_step()) inputs.resume = &manifest;
@@ -276,7 +281,7 @@ std::vector<v1::Worker> JobController::Workers() const {
   std::vector<v1::Worker> shown;
   for (const auto& [name, worker] : workers_) {
     v1::Worker row = worker.shown;
-    row.set_state(worker.lost || worker.link == nullptr ? "lost" : "ready");
+    row.set_state(worker.lost || worker.link == nullptr ? "lost" : row.devices().empty() && !row.problems().empty() ? "unusable" : "ready");
     *row.mutable_heartbeat_age() = ToProto(options_.steady() - worker.last_seen);
     for (const auto& [id, job] : jobs_) {
       if (!HasRanks(job.record.job().status().state())) continue;

@@ -9,6 +9,7 @@
 #include "common/base/logging.h"
 #include "common/base/status.h"
 #include "coordinator/artifacts/assembly.h"
+#include "coordinator/artifacts/file_check.h"
 #include "coordinator/artifacts/services.h"
 
 namespace ppft::coordinator {
@@ -28,14 +29,14 @@ class ArtifactWork : public JobWork {
       if (!status.ok()) LogWarning("a file that nothing names stays: ", std::string(status.message()));
     }
   }
-
   DiskRoom LookAtDisk() override { return disk_->Look(); }
   void GiveUpBallast() override { disk_->GiveUpBallast(); }
+
  private:
   BlobStore* const blobs_;
   PrepareRunner* const prepare_;
-};
   DiskGuard* const disk_;
+};
 
 }  // namespace
 
@@ -59,16 +60,16 @@ Artifacts::~Artifacts() = default;
 
 absl::StatusOr<std::unique_ptr<Artifacts>> Artifacts::Open(const ArtifactsOptions& options) {
   std::unique_ptr<Artifacts> out(new Artifacts());
-  PPFT_RETURN_IF_ERROR(MakeDirs(options.data_dir));
   out->sweep_limits_ = options.sweep;
+  PPFT_RETURN_IF_ERROR(MakeDirs(options.data_dir));
   std::error_code error;
   // Paths below are compared and stored: one spelling for all of them.
   const std::string data_dir = std::filesystem::canonical(options.data_dir, error).string();
   if (error) return ErrnoStatus(error.value(), options.data_dir);
   PPFT_ASSIGN_OR_RETURN(out->blobs_, BlobStore::Open(data_dir, options.reserve_bytes));
-  out->prepare_ = std::make_unique<PrepareRunner>(out->blobs_.get(), options.prepare_binary);
   out->disk_ = std::make_unique<DiskGuard>(data_dir, out->blobs_->reserve_bytes());
   out->disk_->Look();
+  out->prepare_ = std::make_unique<PrepareRunner>(out->blobs_.get(), options.prepare_binary);
   out->models_ = std::make_unique<ModelRegistry>(out->blobs_.get(), out->prepare_.get(), options.model_roots);
   out->work_ = std::make_unique<ArtifactWork>(out->blobs_.get(), out->prepare_.get(), out->disk_.get());
   return out;
@@ -77,13 +78,13 @@ absl::StatusOr<std::unique_ptr<Artifacts>> Artifacts::Open(const ArtifactsOption
 absl::Status Artifacts::Attach(Controller* controller, std::function<absl::StatusOr<v1::Job>(JobStore& store, const std::string& id_or_name)> find_job) {
   PPFT_RETURN_IF_ERROR(models_->Load(*controller));
   parts_ = std::make_unique<Parts>(blobs_.get(), prepare_.get(), models_.get(), controller, std::move(find_job));
-  return absl::OkStatus();
   sweep_ = std::make_unique<BlobSweep>(blobs_.get(), controller, sweep_limits_);
+  return absl::OkStatus();
 }
 
-JobWork* Artifacts::work() { return work_.get(); }
 void Artifacts::Detach() { sweep_.reset(); }
 
+JobWork* Artifacts::work() { return work_.get(); }
 
 WorkerFiles* Artifacts::worker_files() { return &parts_->worker_files; }
 
@@ -93,6 +94,13 @@ std::vector<grpc::Service*> Artifacts::services() {
 
 absl::Status Artifacts::CheckInitAdapter(const v1::ArtifactManifest& adapter, const v1::ModelRecord& model, const v1::AdapterSpec& spec) const {
   return coordinator::CheckInitAdapter(*blobs_, adapter, model, spec);
+}
+
+v1::CheckFilesResponse Artifacts::CheckFiles(const std::vector<v1::ModelRecord>& models, const std::vector<v1::Dataset>& datasets, bool contents) const {
+  FileCheckup checkup(*blobs_, models_->roots(), contents);
+  for (const v1::ModelRecord& model : models) checkup.Add(model);
+  for (const v1::Dataset& dataset : datasets) checkup.Add(dataset);
+  return checkup.result();
 }
 
 }  // namespace ppft::coordinator

@@ -23,6 +23,7 @@
 #include "coordinator/artifacts/prepare_runner.h"
 #include "coordinator/controller.h"
 #include "coordinator/service/worker_files.h"
+#include "ppft/v1/cluster.pb.h"
 
 namespace ppft::coordinator {
 
@@ -31,8 +32,8 @@ struct ArtifactsOptions {
   std::vector<std::string> model_roots;
   std::string prepare_binary;  // path of ppft-prepare
   int64_t reserve_bytes = BlobStore::kReserveBytes;
-};
   SweepLimits sweep;
+};
 
 class Artifacts {
  public:
@@ -43,10 +44,10 @@ class Artifacts {
   // controller's thread.
   absl::Status Attach(Controller* controller, std::function<absl::StatusOr<v1::Job>(JobStore& store, const std::string& id_or_name)> find_job);
 
-  JobWork* work();
   // Ends what runs in the background; before the controller stops.
   void Detach();
 
+  JobWork* work();
   WorkerFiles* worker_files();
   // BlobService, DatasetService, ModelService, ArtifactService: synchronous, for many threads.
   std::vector<grpc::Service*> services();
@@ -55,18 +56,21 @@ class Artifacts {
   // May the adapter named by spec.model.init_adapter start this job? OK without one. Reads small files; from any thread.
   absl::Status CheckInitAdapter(const v1::ArtifactManifest& adapter, const v1::ModelRecord& model, const v1::AdapterSpec& spec) const;
 
+  // Are the files of these still there, with their sizes, and with `contents` with their bytes? May read for long.
+  v1::CheckFilesResponse CheckFiles(const std::vector<v1::ModelRecord>& models, const std::vector<v1::Dataset>& datasets, bool contents) const;
+
  private:
   struct Parts;
   Artifacts();
 
+  SweepLimits sweep_limits_;
   std::unique_ptr<BlobStore> blobs_;
+  std::unique_ptr<DiskGuard> disk_;  // of the controller's thread, through work_
   std::unique_ptr<PrepareRunner> prepare_;
   std::unique_ptr<ModelRegistry> models_;
   std::unique_ptr<Parts> parts_;  // services, made by Attach
-  SweepLimits sweep_limits_;
   std::unique_ptr<JobWork> work_;
-  std::unique_ptr<DiskGuard> disk_;  // of the controller's thread, through work_
+  std::unique_ptr<BlobSweep> sweep_;  // made by Attach
 };
 
 }  // namespace ppft::coordinator
-  std::unique_ptr<BlobSweep> sweep_;  // made by Attach

@@ -37,6 +37,8 @@ class ModelRegistry {
   // Checks everything, then commits the row. The same name with the same content answers the first row; with another one ALREADY_EXISTS.
   absl::StatusOr<v1::Model> Register(Controller& controller, const v1::RegisterModelRequest& request, const std::function<bool()>& cancelled);
 
+  // Where models may lie: the roots of the users, and that of uploads.
+  const std::vector<std::string>& roots() const { return roots_; }
   // The tensor with this content, in any model. NOT_FOUND.
   absl::StatusOr<FileRange> OpenTensor(const std::string& sha256) const;
 

@@ -74,6 +74,7 @@ v1::RankDirective DirectiveOf(const AttemptInputs& inputs, const v1::RankPlan& r
       endpoint.set_address(address);
     }
   }
+  if (inputs.trace != nullptr) *directive.mutable_trace() = *inputs.trace;
   directive.set_merge_dtype(MergeDtype(record.job().spec(), inputs.model->model()));
   return directive;
 }

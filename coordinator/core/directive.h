@@ -10,7 +10,7 @@
 
 namespace ppft::coordinator {
 
-// All that the ranks of one attempt are told, equal for the attempt's whole life but for the endpoints.
+// All that the ranks of one attempt are told, equal for the attempt's whole life but for the endpoints and traces.
 struct AttemptInputs {
   const v1::JobRecord* record = nullptr;
   const v1::ModelRecord* model = nullptr;
@@ -18,6 +18,7 @@ struct AttemptInputs {
   const v1::CheckpointManifest* best = nullptr;    // nullptr: none is known
   std::vector<v1::FileRef> init_adapter;
   const std::map<int32_t, std::string>* endpoints = nullptr;  // rank -> HOST:PORT, of those that listen
+  const v1::TraceOrder* trace = nullptr;                      // nullptr: none is wanted
 };
 
 v1::RankDirective DirectiveOf(const AttemptInputs& inputs, const v1::RankPlan& rank);

@@ -3,13 +3,24 @@
 #include <sys/statvfs.h>
 
 #include "absl/time/clock.h"
+#include "common/base/proto_time.h"
+#include "common/base/status.h"
 #include "coordinator/core/job_state.h"
 #include "coordinator/service/answer.h"
 
 namespace ppft::coordinator {
+namespace {
 
-ClusterServiceImpl::ClusterServiceImpl(JobController* controller, std::string version, std::string data_dir)
-    : controller_(controller), version_(std::move(version)), data_dir_(std::move(data_dir)), start_seconds_(absl::ToUnixSeconds(absl::Now())) {}
+constexpr int kPageRows = 500;
+
+}  // namespace
+
+ClusterServiceImpl::ClusterServiceImpl(JobController* controller, std::string version, std::string data_dir, FileCheck check_files)
+    : controller_(controller),
+      version_(std::move(version)),
+      data_dir_(std::move(data_dir)),
+      check_files_(std::move(check_files)),
+      start_seconds_(absl::ToUnixSeconds(absl::Now())) {}
 
 grpc::ServerUnaryReactor* ClusterServiceImpl::GetStatus(grpc::CallbackServerContext* context, const v1::GetStatusRequest* request,
                                                         v1::GetStatusResponse* response) {
@@ -26,6 +37,7 @@ grpc::ServerUnaryReactor* ClusterServiceImpl::GetStatus(grpc::CallbackServerCont
     struct statvfs disk;
     if (statvfs(data_dir_.c_str(), &disk) == 0) response->set_data_bytes_free(static_cast<int64_t>(disk.f_bavail) * static_cast<int64_t>(disk.f_frsize));
     response->set_data_dir(data_dir_);
+    SetTime(absl::Now(), response->mutable_time());
     return absl::OkStatus();
   });
 }
@@ -34,6 +46,41 @@ grpc::ServerUnaryReactor* ClusterServiceImpl::ListWorkers(grpc::CallbackServerCo
                                                           v1::ListWorkersResponse* response) {
   return AnswerAfterCommit(context, controller_, [this, response](JobStore&) -> absl::Status {
     for (v1::Worker& worker : controller_->Workers()) *response->add_workers() = std::move(worker);
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* ClusterServiceImpl::CheckFiles(grpc::CallbackServerContext* context, const v1::CheckFilesRequest* request,
+                                                         v1::CheckFilesResponse* response) {
+  return AnswerFromPool(context, controller_, [this, request, response]() -> absl::Status {
+    struct Registered {
+      std::vector<v1::ModelRecord> models;
+      std::vector<v1::Dataset> datasets;
+    };
+    PPFT_ASSIGN_OR_RETURN(const Registered all, controller_->Run([](JobStore& store) -> absl::StatusOr<Registered> {
+      Registered found;
+      Page page{kPageRows, ""};
+      for (bool more = true; more;) {
+        PPFT_ASSIGN_OR_RETURN(const std::vector<v1::Model> models, store.ListModels(page));
+        for (const v1::Model& model : models) {
+          PPFT_ASSIGN_OR_RETURN(v1::ModelRecord record, store.GetModel(model.name()));
+          found.models.push_back(std::move(record));
+          page.after = model.name();
+        }
+        more = models.size() == kPageRows;
+      }
+      page.after.clear();
+      for (bool more = true; more;) {
+        PPFT_ASSIGN_OR_RETURN(std::vector<v1::Dataset> datasets, store.ListDatasets(page));
+        more = datasets.size() == kPageRows;
+        for (v1::Dataset& dataset : datasets) {
+          page.after = dataset.id();
+          found.datasets.push_back(std::move(dataset));
+        }
+      }
+      return found;
+    }));
+    *response = check_files_(all.models, all.datasets, request->contents());
     return absl::OkStatus();
   });
 }

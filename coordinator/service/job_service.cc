@@ -21,6 +21,7 @@ constexpr int kDefaultPageSize = 100;
 constexpr int kMaxPageSize = 1000;
 constexpr int kMaxMetricRows = 10000;
 constexpr int kFeedBatch = 256;
+constexpr int kDefaultTraceSteps = 3;
 constexpr size_t kMaxRequestId = 128;
 constexpr size_t kMaxPageBytes = 3 << 20;  // of a response; messages stay under 4 MiB
 
@@ -202,6 +203,32 @@ grpc::ServerWriteReactor<v1::LogLine>* JobServiceImpl::StreamLogs(grpc::Callback
           out->push_back(std::move(line));
         }
         return !follow || IsTerminal(job.status().state());
+      });
+}
+
+grpc::ServerWriteReactor<v1::TraceJobResponse>* JobServiceImpl::TraceJob(grpc::CallbackServerContext* context, const v1::TraceJobRequest* request) {
+  // Lives as long as the stream: whoever goes away wants no trace any more.
+  struct Trace {
+    explicit Trace(JobController* job_controller) : controller(job_controller) {}
+    ~Trace() {
+      if (id != 0) controller->EndTrace(job, id);
+    }
+    JobController* const controller;
+    std::string job;
+    int64_t id = 0;
+    bool complete = false;
+  };
+  const int steps = request->num_steps() == 0 ? kDefaultTraceSteps : request->num_steps();
+  return new Feed<v1::TraceJobResponse>(
+      controller_, request->id(),
+      [trace = std::make_shared<Trace>(controller_), steps](const v1::Job& job, std::deque<v1::TraceJobResponse>* out) -> absl::StatusOr<bool> {
+        if (trace->complete) return true;
+        if (trace->id == 0) {
+          trace->job = job.id();
+          PPFT_ASSIGN_OR_RETURN(trace->id, trace->controller->BeginTrace(job.id(), steps));
+        }
+        PPFT_ASSIGN_OR_RETURN(trace->complete, trace->controller->TakeTrace(trace->job, trace->id, out));
+        return trace->complete;
       });
 }
 

@@ -27,6 +27,7 @@ class JobServiceImpl final : public v1::JobService::CallbackService {
   grpc::ServerUnaryReactor* ResumeJob(grpc::CallbackServerContext* context, const v1::ResumeJobRequest* request, v1::Job* response) override;
   grpc::ServerUnaryReactor* UpdateJob(grpc::CallbackServerContext* context, const v1::UpdateJobRequest* request, v1::Job* response) override;
   grpc::ServerUnaryReactor* DeleteJob(grpc::CallbackServerContext* context, const v1::DeleteJobRequest* request, v1::DeleteJobResponse* response) override;
+  grpc::ServerWriteReactor<v1::TraceJobResponse>* TraceJob(grpc::CallbackServerContext* context, const v1::TraceJobRequest* request) override;
   grpc::ServerWriteReactor<v1::MetricRow>* StreamMetrics(grpc::CallbackServerContext* context, const v1::StreamMetricsRequest* request) override;
 
  private:

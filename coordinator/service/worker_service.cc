@@ -5,6 +5,7 @@
 #include <mutex>
 #include <utility>
 
+#include "absl/time/clock.h"
 #include "common/net/status.h"
 
 namespace ppft::coordinator {
@@ -43,9 +44,18 @@ class WorkerStream : public grpc::ServerBidiReactor<v1::WorkerMessage, v1::Coord
       std::lock_guard<std::mutex> lock(link_->mutex_);
       return EndLocked(absl::OkStatus());
     }
+    v1::CoordinatorMessage clock;
+    if (incoming_.heartbeat().sent_unix_nanos() != 0) {
+      clock.mutable_clock()->set_sent_unix_nanos(incoming_.heartbeat().sent_unix_nanos());
+      clock.mutable_clock()->set_received_unix_nanos(absl::GetCurrentTimeNanos());
+    }
     Deliver(std::move(incoming_));
     incoming_.Clear();
     std::lock_guard<std::mutex> lock(link_->mutex_);
+    if (clock.has_clock()) {
+      clock.mutable_clock()->set_answered_unix_nanos(absl::GetCurrentTimeNanos());
+      SendLocked(std::move(clock));
+    }
     if (++waiting_ < kMaxWaiting) {
       StartRead(&incoming_);
     } else {

@@ -17,6 +17,7 @@
 #include "common/base/status.h"
 #include "common/net/channel.h"
 #include "common/net/status.h"
+#include "worker/agent/host_facts.h"
 
 namespace ppft::agent {
 namespace {
@@ -82,10 +83,17 @@ absl::Status Agent::Run() {
     hello.set_address(options_.address);
     hello.set_metrics_address(options_.metrics_address);
     for (const v1::Device& device : options_.devices) *hello.add_devices() = device;
+    *hello.mutable_host() = options_.host;
+    for (const std::string& problem : options_.problems) hello.add_problems(problem);
     for (const v1::RankKey& key : Running()) *hello.add_running() = key;
     return hello;
   };
-  callbacks.running = [this] { return Running(); };
+  callbacks.heartbeat = [this] {
+    v1::Heartbeat heartbeat;
+    for (const v1::RankKey& key : Running()) *heartbeat.add_running() = key;
+    heartbeat.set_disk_free_bytes(DiskFreeBytes(options_.work_directory));
+    return heartbeat;
+  };
   callbacks.on_directive = [this](const v1::Directive& directive) { OnDirective(directive); };
   callbacks.on_connected = [this](bool connected) { metrics_->SetConnected(connected); };
   callbacks.on_replaced = [this] {

@@ -36,6 +36,8 @@ struct AgentOptions {
   net::ChannelOptions channel;
   int64_t cache_limit_bytes = int64_t{100} << 30;
   std::vector<v1::Device> devices;
+  v1::HostFacts host;
+  std::vector<std::string> problems;  // why it offers less than it was started for, each a sentence
 };
 
 class Agent {

@@ -122,14 +122,14 @@ std::vector<std::string> TorchEnvironment(const std::string& torch) {
   return {absl::StrCat("LD_LIBRARY_PATH=", absl::StrJoin(folders, ":"))};
 }
 
-absl::StatusOr<std::vector<std::string>> FindTorch(const std::string& trainer) {
+absl::StatusOr<TorchOffer> FindTorch(const std::string& trainer) {
   const std::string root = EnvironmentValue("PPFT_TORCH_ROOT");
   if (!root.empty() && !PathExists(JoinPath(root, "lib/libtorch_cpu.so"))) {
     return absl::FailedPreconditionError(absl::StrCat("PPFT_TORCH_ROOT=", root, " holds no lib/libtorch_cpu.so: set it to the torch folder of torch 2.11"));
   }
   if (root.empty()) {
     PPFT_ASSIGN_OR_RETURN(const ProgramOutput alone, RunProgram({trainer, "--version"}, {}, kProbeTimeout));
-    if (alone.status != 127) return std::vector<std::string>();
+    if (alone.status != 127) return TorchOffer{{}, LastLine(alone.out)};
   }
   const std::string torch = root.empty() ? TorchOfPython() : root;
   if (torch.empty()) {
@@ -140,7 +140,7 @@ absl::StatusOr<std::vector<std::string>> FindTorch(const std::string& trainer) {
   if (with.status != 0) {
     return absl::FailedPreconditionError(absl::StrCat("the trainer does not run with the torch in ", torch, " (", WhyNot(with), "): it needs torch 2.11"));
   }
-  return environment;
+  return TorchOffer{environment, LastLine(with.out)};
 }
 
 absl::StatusOr<CudaOffer> OfferCudaDevices(absl::string_view which, const std::string& trainer) {
@@ -155,9 +155,9 @@ absl::StatusOr<CudaOffer> OfferCudaDevices(absl::string_view which, const std::s
   }
   // A trainer may have been built beside a LibTorch without CUDA; then the host's python3 may have one with it.
   std::vector<std::vector<std::string>> environments;
-  PPFT_ASSIGN_OR_RETURN(std::vector<std::string> found, FindTorch(trainer));
-  const bool alone = found.empty();
-  environments.push_back(std::move(found));
+  PPFT_ASSIGN_OR_RETURN(TorchOffer found, FindTorch(trainer));
+  const bool alone = found.environment.empty();
+  environments.push_back(std::move(found.environment));
   std::string error;
   for (size_t i = 0; i < environments.size(); ++i) {
     PPFT_ASSIGN_OR_RETURN(const ProgramOutput ran, RunProgram({trainer, "--probe-devices"}, environments[i], kProbeTimeout));
@@ -165,6 +165,8 @@ absl::StatusOr<CudaOffer> OfferCudaDevices(absl::string_view which, const std::s
     if (ran.status == 0 && probe.is_object() && probe.contains("devices") && !probe["devices"].empty()) {
       CudaOffer offer;
       offer.environment = environments[i];
+      offer.torch = probe.value("torch", "");
+      offer.nccl = probe.value("nccl", "");
       for (const auto& entry : probe["devices"]) {
         const int index = entry.value("index", 0);
         if (which != "all" && wanted.erase(index) == 0) continue;

@@ -23,13 +23,20 @@ absl::StatusOr<ProgramOutput> RunProgram(const std::vector<std::string>& command
 // The environment that lets `trainer` find the LibTorch in `torch` (a folder with lib/libtorch_cpu.so), its NVIDIA libraries beside it.
 std::vector<std::string> TorchEnvironment(const std::string& torch);
 
-// What to start trainers with. Empty if they find LibTorch by themselves; otherwise from PPFT_TORCH_ROOT or what the running python3 would import.
+// The LibTorch of trainers.
+struct TorchOffer {
+  std::vector<std::string> environment;  // what to start them with; empty if they find it by themselves
+  std::string torch;                     // its version and folder, as the trainer says it
+};
+// Where they do not find one by themselves: from PPFT_TORCH_ROOT or what the running python3 would import.
 // FAILED_PRECONDITION: there is none, or none of the version that the trainer was built with; one sentence.
-absl::StatusOr<std::vector<std::string>> FindTorch(const std::string& trainer);
+absl::StatusOr<TorchOffer> FindTorch(const std::string& trainer);
 
 struct CudaOffer {
   std::vector<v1::Device> devices;
   std::vector<std::string> environment;  // for trainers on them
+  std::string torch;
+  std::string nccl;
 };
 // `which`: "all" or "0,2", indices among the visible devices. INVALID_ARGUMENT for other words or an index that is not there, FAILED_PRECONDITION with the
 // reason if there is no usable device.

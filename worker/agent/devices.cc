@@ -3,7 +3,6 @@
 #include <arpa/inet.h>
 #include <netdb.h>
 #include <netinet/in.h>
-#include <sched.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -18,6 +17,7 @@
 #include "absl/strings/strip.h"
 #include "common/base/files.h"
 #include "common/base/status.h"
+#include "worker/agent/host_facts.h"
 
 namespace ppft::agent {
 namespace {
@@ -30,22 +30,6 @@ std::string CpuName() {
     if (absl::StartsWith(line, "model name")) return std::string(absl::StripAsciiWhitespace(line.substr(line.find(':') + 1)));
   }
   return "cpu";
-}
-
-int UsableCores() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return std::max(1, static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN)));
-  return std::max(1, CPU_COUNT(&set));
-}
-
-// The smaller of the host's memory and the control group's limit.
-int64_t UsableMemoryBytes() {
-  int64_t bytes = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
-  int64_t limit = 0;
-  const absl::StatusOr<std::string> text = ReadFile("/sys/fs/cgroup/memory.max");
-  if (text.ok() && absl::SimpleAtoi(absl::StripAsciiWhitespace(*text), &limit)) bytes = std::min(bytes, limit);
-  return bytes;
 }
 
 }  // namespace

@@ -6,7 +6,9 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "common/base/logging.h"
+#include "common/base/proto_time.h"
 #include "common/net/status.h"
 
 namespace ppft::agent {
@@ -16,8 +18,8 @@ constexpr size_t kReportsPerBatch = 256;
 constexpr std::chrono::milliseconds kFirstPause(100);
 constexpr std::chrono::milliseconds kLongestPause(2000);
 
-absl::Duration ToDuration(const google::protobuf::Duration& duration, absl::Duration fallback) {
-  const absl::Duration value = absl::Seconds(duration.seconds()) + absl::Nanoseconds(duration.nanos());
+absl::Duration Positive(const google::protobuf::Duration& duration, absl::Duration fallback) {
+  const absl::Duration value = ToDuration(duration);
   return value > absl::ZeroDuration() ? value : fallback;
 }
 
@@ -100,7 +102,7 @@ absl::Status Link::Serve() {
           callbacks_.on_connected(true);
           reports_->Acknowledge(message.welcome().acked_seq());
           const int64_t acked = message.welcome().acked_seq();
-          const absl::Duration interval = ToDuration(message.welcome().heartbeat_interval(), absl::Seconds(2));
+          const absl::Duration interval = Positive(message.welcome().heartbeat_interval(), absl::Seconds(2));
           writer = std::thread([this, raw = stream.get(), acked, interval] { Write(raw, acked, interval); });
           break;
         }
@@ -112,6 +114,12 @@ absl::Status Link::Serve() {
         case v1::CoordinatorMessage::kAck:
           reports_->Acknowledge(message.ack().seq());
           break;
+        case v1::CoordinatorMessage::kClock: {
+          const int64_t now = absl::GetCurrentTimeNanos();
+          std::lock_guard<std::mutex> lock(mutex_);
+          clock_.Add(message.clock(), now);
+          break;
+        }
         case v1::CoordinatorMessage::MESSAGE_NOT_SET:
           break;
       }
@@ -162,8 +170,13 @@ void Link::Write(Stream* stream, int64_t acked, absl::Duration interval) {
 bool Link::WriteHeartbeat(Stream* stream) {
   v1::WorkerMessage message;
   v1::Heartbeat* heartbeat = message.mutable_heartbeat();
-  for (const v1::RankKey& key : callbacks_.running()) *heartbeat->add_running() = key;
+  *heartbeat = callbacks_.heartbeat();
   heartbeat->set_applied_revision(applied_revision_);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (clock_.known()) *heartbeat->mutable_clock() = clock_.Get();
+  }
+  heartbeat->set_sent_unix_nanos(absl::GetCurrentTimeNanos());
   return stream->Write(message);
 }
 

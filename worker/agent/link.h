@@ -17,13 +17,14 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "ppft/v1/worker.grpc.pb.h"
+#include "worker/agent/clock_offset.h"
 #include "worker/agent/report_queue.h"
 
 namespace ppft::agent {
 
 struct LinkCallbacks {
-  std::function<v1::WorkerHello()> hello;             // of now: the ranks that live
-  std::function<std::vector<v1::RankKey>()> running;  // for heartbeats
+  std::function<v1::WorkerHello()> hello;    // of now: the ranks that live
+  std::function<v1::Heartbeat()> heartbeat;  // of now, without revision and clock
   std::function<void(const v1::Directive&)> on_directive;
   std::function<void(bool)> on_connected;
   std::function<void()> on_replaced;  // another agent connected under this worker's name: this one has to end
@@ -64,6 +65,7 @@ class Link {
   bool heartbeat_due_ = false;              // guarded by mutex_
   bool reports_due_ = false;                // guarded by mutex_
   grpc::ClientContext* context_ = nullptr;  // guarded by mutex_; of the live stream
+  ClockOffsetEstimate clock_;               // guarded by mutex_
   std::atomic<int64_t> applied_revision_ = 0;
   bool welcomed_ = false;  // the last stream came to life; own thread only
   std::thread thread_;

@@ -4,8 +4,8 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
-#include <thread>
 
 #include "absl/strings/match.h"
 #include "common/base/files.h"
@@ -13,10 +13,14 @@
 #include "common/base/status.h"
 #include "common/metrics/metrics.h"
 #include "worker/agent/agent.h"
-#include "worker/agent/cuda_devices.h"
 #include "worker/agent/devices.h"
+#include "worker/agent/host_facts.h"
+#include "worker/agent/offer.h"
 
 namespace {
+
+// How often a host without usable devices is looked at again.
+constexpr absl::Duration kLookAgain = absl::Minutes(1);
 
 int Fail(const absl::Status& status) {
   std::fprintf(stderr, "ppft-worker: %s\n", std::string(status.message()).c_str());
@@ -27,19 +31,6 @@ std::string BesideThisBinary(const std::string& name) {
   std::error_code error;
   const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
   return (error ? std::filesystem::path(name) : self.parent_path() / name).string();
-}
-
-// The devices of the flag, and what trainers on them are started with.
-absl::Status Offer(const std::string& flag, int threads_per_slot, ppft::agent::AgentOptions* options) {
-  if (absl::StartsWith(flag, "cuda:")) {
-    PPFT_ASSIGN_OR_RETURN(ppft::agent::CudaOffer offer, ppft::agent::OfferCudaDevices(absl::string_view(flag).substr(5), options->trainer_binary));
-    options->devices = std::move(offer.devices);
-    options->trainer_environment = std::move(offer.environment);
-    return absl::OkStatus();
-  }
-  PPFT_ASSIGN_OR_RETURN(options->devices, ppft::agent::OfferDevices(flag, threads_per_slot));
-  PPFT_ASSIGN_OR_RETURN(options->trainer_environment, ppft::agent::FindTorch(options->trainer_binary));
-  return absl::OkStatus();
 }
 
 std::string HostName() {
@@ -96,8 +87,9 @@ int main(int argc, char** argv) {
   if (!ppft::PathExists(options.trainer_binary)) {
     return Fail(absl::InvalidArgumentError(absl::StrCat("there is no trainer at ", options.trainer_binary, ": give --trainer PATH")));
   }
-  const absl::Status offered = Offer(devices, threads_per_slot, &options);
-  if (!offered.ok()) return Fail(offered);
+  const auto look = [&] { return ppft::agent::OfferHost(devices, threads_per_slot, options.trainer_binary); };
+  absl::StatusOr<ppft::agent::HostOffer> offer = look();
+  if (!offer.ok()) return Fail(offer.status());
   if (!nccl_interface.empty()) options.trainer_environment.push_back("NCCL_SOCKET_IFNAME=" + nccl_interface);
   if (deterministic) {
     options.trainer_environment.push_back("PPFT_DETERMINISTIC=1");
@@ -110,7 +102,7 @@ int main(int argc, char** argv) {
   }
   options.work_directory = std::filesystem::absolute(options.work_directory).string();
 
-  // Blocked before any thread starts; one thread waits for them.
+  // Blocked before any thread starts; ServeOffer waits for them.
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
@@ -124,17 +116,11 @@ int main(int argc, char** argv) {
   // Bound to every address: others reach it where they reach the trainers.
   const std::string& bound = (*http)->address();
   options.metrics_address = absl::StartsWith(bound, "0.0.0.0:") ? absl::StrCat(options.address, bound.substr(bound.rfind(':'))) : bound;
-  ppft::LogInfo(options.name, ": ", options.devices.size(), " x ", options.devices[0].name(), ", trainers at ", options.address, ", coordinator ",
-                options.coordinator, ", metrics on ", (*http)->address());
-
-  ppft::agent::Agent agent(options, &metrics);
-  std::thread waiter([&] {
-    int received = 0;
-    sigwait(&signals, &received);
-    agent.Shutdown();
-  });
-  const absl::Status status = agent.Run();
-  kill(getpid(), SIGTERM);  // ends the waiter if Run failed by itself
-  waiter.join();
+  options.host = ppft::agent::GatherHostFacts(options.address);
+  const char* interface = std::getenv("NCCL_SOCKET_IFNAME");
+  options.host.set_nccl_interface(!nccl_interface.empty() ? nccl_interface : interface == nullptr ? "" : interface);
+  ppft::LogInfo(options.name, ": ", offer->devices.size(), " x ", offer->devices.empty() ? "no device" : offer->devices[0].name(), ", trainers at ",
+                options.address, ", coordinator ", options.coordinator, ", metrics on ", (*http)->address());
+  const absl::Status status = ppft::agent::ServeOffer(options, *std::move(offer), &metrics, kLookAgain, look);
   return status.ok() ? 0 : Fail(status);
 }

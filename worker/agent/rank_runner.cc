@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/files.h"
 #include "common/base/logging.h"
+#include "common/base/proto_time.h"
 #include "common/base/status.h"
 #include "worker/agent/cuda_devices.h"
 #include "worker/trainer/beat.h"
@@ -28,8 +29,7 @@ std::string DirectoryOf(const RankEnvironment& environment, const v1::RankKey& k
 std::string Label(const v1::RankKey& key) { return absl::StrCat(key.job_id(), " epoch ", key.epoch(), " rank ", key.rank()); }
 
 absl::Duration StallTimeout(const v1::JobSpec& spec) {
-  const auto& limit = spec.limits().stall_timeout();
-  const absl::Duration timeout = absl::Seconds(limit.seconds()) + absl::Nanoseconds(limit.nanos());
+  const absl::Duration timeout = ToDuration(spec.limits().stall_timeout());
   return timeout > absl::ZeroDuration() ? timeout : absl::Seconds(300);
 }
 
@@ -51,9 +51,9 @@ RankRunner::~RankRunner() {
 
 void RankRunner::Update(const v1::RankDirective& directive) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (directive.peers().empty() || !peers_.endpoints().empty()) return;
-  *peers_.mutable_endpoints() = directive.peers();
-  SendPeersIfKnown();
+  if (peers_.endpoints().empty()) *peers_.mutable_endpoints() = directive.peers();
+  trace_ = directive.trace();
+  TellTrainer();
 }
 
 void RankRunner::Stop() {
@@ -85,7 +85,7 @@ void RankRunner::Run() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       started_ = true;
-      SendPeersIfKnown();
+      TellTrainer();
     }
     std::thread progress([this] { WatchProgress(); });
     ReadReports();
@@ -190,13 +190,22 @@ TrainerCommand RankRunner::Command() const {
   return command;
 }
 
-void RankRunner::SendPeersIfKnown() {
-  if (!started_ || peers_sent_ || peers_.endpoints().empty()) return;
+void RankRunner::TellTrainer() {
+  if (!started_) return;
   v1::AgentMessage message;
-  *message.mutable_peers() = peers_;
+  const auto send = [&] {
+    const absl::Status sent = process_.Send(message);
+    if (!sent.ok()) LogWarning(Label(key()), ": ", sent.message());  // the trainer is gone: its exit is reported by Run
+  };
+  if (trace_.id() != trace_sent_) {
+    trace_sent_ = trace_.id();
+    *message.mutable_trace() = trace_;
+    send();
+  }
+  if (peers_sent_ || peers_.endpoints().empty()) return;
   peers_sent_ = true;
-  const absl::Status sent = process_.Send(message);
-  if (!sent.ok()) LogWarning(Label(key()), ": ", sent.message());  // the trainer is gone: its exit is reported by Run
+  *message.mutable_peers() = peers_;
+  send();
 }
 
 void RankRunner::ReadReports() {

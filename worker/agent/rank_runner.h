@@ -43,7 +43,7 @@ class RankRunner {
   RankRunner(const RankEnvironment& environment, v1::RankDirective directive);
   ~RankRunner();
 
-  // The directive again, perhaps with the peers' endpoints now.
+  // The directive again, perhaps with the peers' endpoints now or another trace.
   void Update(const v1::RankDirective& directive);
   // Ends the trainer without a report: SIGTERM, then SIGKILL after a grace.
   void Stop();
@@ -60,7 +60,8 @@ class RankRunner {
   absl::Status FetchAll(const v1::CheckpointManifest& manifest, google::protobuf::RepeatedPtrField<v1::LocalFile>* out);
   absl::Status FetchOne(const v1::FileRef& file, v1::LocalFile* out);
   TrainerCommand Command() const;
-  void SendPeersIfKnown();
+  // With mutex_ held: what the trainer has not been told yet.
+  void TellTrainer();
   void ReadReports();
   void Forward();
   absl::Status UploadFiles(v1::TrainerReport* report);
@@ -82,6 +83,8 @@ class RankRunner {
   v1::Peers peers_;                      // guarded by mutex_
   bool started_ = false;                 // guarded by mutex_: Start was sent
   bool peers_sent_ = false;              // guarded by mutex_
+  v1::TraceOrder trace_;                 // guarded by mutex_: the newest
+  int64_t trace_sent_ = 0;               // guarded by mutex_: its id, once sent
   bool reads_done_ = false;              // guarded by mutex_
   std::deque<v1::TrainerReport> queue_;  // guarded by mutex_
 

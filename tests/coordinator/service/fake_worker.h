@@ -20,8 +20,8 @@ namespace ppft::coordinator {
 
 class FakeWorker {
  public:
-  FakeWorker(const std::string& server, std::string name, std::string incarnation, int devices = 1)
-      : name_(std::move(name)), incarnation_(std::move(incarnation)), devices_(devices) {
+  FakeWorker(const std::string& server, std::string name, std::string incarnation, int devices = 1, std::string problem = "")
+      : name_(std::move(name)), incarnation_(std::move(incarnation)), devices_(devices), problem_(std::move(problem)) {
     Connect(server);
   }
   ~FakeWorker() { Disconnect(); }
@@ -43,6 +43,7 @@ class FakeWorker {
     hello.set_name(name_);
     hello.set_incarnation(incarnation_);
     hello.set_address("127.0.0.1");
+    if (!problem_.empty()) hello.add_problems(problem_);
     for (int i = 0; i < devices_; ++i) {
       v1::Device& device = *hello.add_devices();
       device.set_id(absl::StrCat("cpu:", i));
@@ -77,6 +78,16 @@ class FakeWorker {
       return it != running_.end() && it->second.rank().epoch() == epoch && (!with_peers || it->second.peers_size() > 0);
     });
     return running_[rank];
+  }
+  // Waits until a trace is wanted of this rank, or none is.
+  v1::TraceOrder WaitForTrace(int rank, bool wanted = true) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const auto order = [&] {
+      const auto it = running_.find(rank);
+      return it == running_.end() ? v1::TraceOrder() : it->second.trace();
+    };
+    changed_.wait_for(lock, std::chrono::seconds(30), [&] { return (order().id() != 0) == wanted; });
+    return order();
   }
   bool WaitForNothing() {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -156,6 +167,7 @@ class FakeWorker {
   const std::string name_;
   const std::string incarnation_;
   const int devices_;
+  const std::string problem_;
   std::unique_ptr<v1::WorkerService::Stub> stub_;
   std::unique_ptr<grpc::ClientContext> context_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::WorkerMessage, v1::CoordinatorMessage>> stream_;

@@ -131,7 +131,13 @@ class ServiceTest : public testing::Test {
     jobs_service_ = std::make_unique<JobServiceImpl>(controller_.get(), [](const v1::ArtifactManifest&, const v1::ModelRecord&, const v1::AdapterSpec&) {
       return absl::InvalidArgumentError("another model's adapter");
     });
-    cluster_service_ = std::make_unique<ClusterServiceImpl>(controller_.get(), "test", dir_);
+    cluster_service_ = std::make_unique<ClusterServiceImpl>(controller_.get(), "test", dir_,
+                                                            [](const std::vector<v1::ModelRecord>& models, const std::vector<v1::Dataset>& datasets, bool) {
+                                                              v1::CheckFilesResponse response;
+                                                              response.set_num_models(static_cast<int>(models.size()));
+                                                              response.set_num_datasets(static_cast<int>(datasets.size()));
+                                                              return response;
+                                                            });
     worker_service_ = std::make_unique<WorkerServiceImpl>(controller_.get(), &files_);
     grpc::ServerBuilder builder;
     net::ApplyServerLimits(&builder);

@@ -21,6 +21,7 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 constexpr absl::Duration kPatience = absl::Seconds(60);
+constexpr int64_t kClockAhead = int64_t{3600} * 1000000000;  // of the coordinator
 
 // The newest stream wins; reports are acknowledged only when the test wants it.
 class FakeCoordinator final : public v1::WorkerService::Service {
@@ -47,7 +48,15 @@ class FakeCoordinator final : public v1::WorkerService::Service {
     }
     while (stream->Read(&message)) {
       std::lock_guard<std::mutex> lock(mutex);
-      if (message.has_heartbeat()) running = {message.heartbeat().running().begin(), message.heartbeat().running().end()};
+      if (message.has_heartbeat()) {
+        running = {message.heartbeat().running().begin(), message.heartbeat().running().end()};
+        heartbeat = message.heartbeat();
+        v1::CoordinatorMessage answer;
+        answer.mutable_clock()->set_sent_unix_nanos(heartbeat.sent_unix_nanos());
+        answer.mutable_clock()->set_received_unix_nanos(absl::GetCurrentTimeNanos() + kClockAhead);
+        answer.mutable_clock()->set_answered_unix_nanos(absl::GetCurrentTimeNanos() + kClockAhead);
+        stream->Write(answer);
+      }
       if (!message.has_report()) continue;
       reports.push_back(message.report());
       if (acknowledge) {
@@ -136,6 +145,7 @@ class FakeCoordinator final : public v1::WorkerService::Service {
   v1::Directive directive;
   std::vector<v1::WorkerHello> hellos;
   std::vector<v1::RankKey> running;
+  v1::Heartbeat heartbeat;  // the newest
   std::vector<v1::RankReport> reports;
   std::vector<std::string> uploads;
   size_t reports_before_upload = 0;
@@ -283,16 +293,6 @@ TEST_F(AgentTest, AHangEndsWithItsSection) {
   EXPECT_THAT(reason.message(), HasSubstr("\"forward\", step 7"));
 }
 
-TEST_F(AgentTest, WhileTheCoordinatorIsAwayTheTrainerLivesAndReportsAreKept) {
-  {
-    std::lock_guard<std::mutex> lock(coordinator_.mutex);
-    coordinator_.acknowledge = false;
-  }
-  coordinator_.Direct({Rank("wait")});
-  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
-  const pid_t pid = TrainerPid();
-  const int port = port_;
-  server_->Shutdown(std::chrono::system_clock::now());
 TEST_F(AgentTest, AStoppedTrainerIsNamedAsItsNeighboursNameIt) {
   coordinator_.Direct({Rank("hang")});
   ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
@@ -306,6 +306,16 @@ TEST_F(AgentTest, AStoppedTrainerIsNamedAsItsNeighboursNameIt) {
   EXPECT_THAT(failure.reason().message(), HasSubstr("is stopped"));
 }
 
+TEST_F(AgentTest, WhileTheCoordinatorIsAwayTheTrainerLivesAndReportsAreKept) {
+  {
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    coordinator_.acknowledge = false;
+  }
+  coordinator_.Direct({Rank("wait")});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
+  const pid_t pid = TrainerPid();
+  const int port = port_;
+  server_->Shutdown(std::chrono::system_clock::now());
   server_.reset();
   {
     std::lock_guard<std::mutex> lock(coordinator_.mutex);
@@ -330,6 +340,26 @@ TEST_F(AgentTest, AFileThatTheCoordinatorDoesNotHaveIsAFailureNotAHang) {
   ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("failure"); }));
   std::lock_guard<std::mutex> lock(coordinator_.mutex);
   EXPECT_THAT(coordinator_.reports.back().report().failure().reason().message(), HasSubstr("train.safetensors"));
+}
+
+TEST_F(AgentTest, ATraceIsPassedToTheTrainerAndItsAnswerBack) {
+  v1::RankDirective rank = Rank("trace");
+  coordinator_.Direct({rank});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
+  rank.mutable_trace()->set_id(77);
+  rank.mutable_trace()->set_num_steps(3);
+  coordinator_.Direct({rank});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("trace"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  EXPECT_EQ(coordinator_.reports.back().report().trace().id(), 77);
+}
+
+TEST_F(AgentTest, HeartbeatsTellTheClocksOffset) {
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.heartbeat.has_clock(); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  EXPECT_NEAR(static_cast<double>(coordinator_.heartbeat.clock().offset_nanos()), kClockAhead,
+              static_cast<double>(coordinator_.heartbeat.clock().error_nanos()) + 1);
+  EXPECT_GT(coordinator_.heartbeat.disk_free_bytes(), 0);
 }
 
 TEST_F(AgentTest, AnAgentWhoseNameAnotherOneTookEndsAndSaysSo) {

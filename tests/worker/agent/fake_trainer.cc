@@ -2,6 +2,7 @@
 //   "steps"  reports 3 steps and one checkpoint file, finishes, exits 0
 //   "wait"   becomes ready and goes on beating for ever
 //   "hang"   becomes ready and stops beating
+//   "trace"  becomes ready and answers the trace that it is told to make
 //   "crash"  becomes ready and dies by SIGABRT after a line on stderr
 #include <signal.h>
 #include <unistd.h>
@@ -68,6 +69,11 @@ int main() {
   if (behaviour == "hang") {
     ppft::trainer::WriteBeat(beat, ppft::trainer::Section::kForward, 7, 0);
     while (true) pause();
+  }
+  if (behaviour == "trace") {
+    report.mutable_trace()->set_id(Receive().trace().id());
+    Send(report);
+    while (true) Receive();
   }
   if (behaviour == "wait") {
     while (true) {

@@ -1,0 +1,35 @@
+// Are registered files still what they were when they were registered? EDGE: reads model folders and blobs.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "coordinator/artifacts/blob_store.h"
+#include "ppft/v1/cluster.pb.h"
+#include "ppft/v1/dataset.pb.h"
+#include "ppft/v1/stored.pb.h"
+
+namespace ppft::coordinator {
+
+class FileCheckup {
+ public:
+  // Sizes only, or with `contents` every byte. `blobs` outlives this object.
+  FileCheckup(const BlobStore& blobs, std::vector<std::string> model_roots, bool contents)
+      : blobs_(blobs), roots_(std::move(model_roots)), contents_(contents) {}
+
+  void Add(const v1::ModelRecord& model);
+  void Add(const v1::Dataset& dataset);
+  const v1::CheckFilesResponse& result() const { return result_; }
+
+ private:
+  absl::Status CheckBlob(const std::string& name, const std::string& sha256, int64_t size_bytes);
+  absl::Status CheckWeights(const v1::ModelRecord& model);
+
+  const BlobStore& blobs_;
+  const std::vector<std::string> roots_;
+  const bool contents_;
+  v1::CheckFilesResponse result_;
+};
+
+}  // namespace ppft::coordinator
