@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kAccBytes = 4;  // masters, gradients, moments and statistics are fp32
 // Parts of a layer that is shared out begin at whole words.
 constexpr int64_t kPartMultiple = 8;
+// The numbers of a micro-batch (ids, positions, targets) lie in one block whose parts begin at multiples of this.
+constexpr int64_t kBlockAlignment = 256;
 // Rows that a product on a CPU makes at a time before they are copied.
 constexpr int64_t kCpuProductRows = 512;
 
@@ -23,8 +25,10 @@ struct Linear {
   int64_t in = 0;
   int64_t out = 0;
   int64_t lora_columns = 0;  // r per adapted module
+  bool a_below = false;      // the compute copy of A lies in further rows below [W | sB]
 
-  int64_t weight_size() const { return out * (in + lora_columns); }
+  int64_t a_rows() const { return a_below ? lora_columns : 0; }
+  int64_t weight_size() const { return (out + a_rows()) * (in + lora_columns); }
 };
 
 struct Linears {
@@ -45,8 +49,19 @@ Linear StackOf(const ModelConfig& config, const LoraShape& lora, std::initialize
   return linear;
 }
 
-Linears LinearsOf(const ModelConfig& config, const LoraShape& lora) {
-  return {StackOf(config, lora, {0, 1, 2}), StackOf(config, lora, {3}), StackOf(config, lora, {4, 5}), StackOf(config, lora, {6})};
+bool SharesLayers(const StageMemoryOptions& options) { return options.zero_stage >= 3 && options.replicas > 1; }
+bool IsCaptured(const StageMemoryOptions& options) { return options.cuda && options.tokens <= kMostCapturedTokens; }
+
+Linears LinearsOf(const ModelConfig& config, const LoraShape& lora, const StageMemoryOptions& options) {
+  Linears linears = {StackOf(config, lora, {0, 1, 2}), StackOf(config, lora, {3}), StackOf(config, lora, {4, 5}), StackOf(config, lora, {6})};
+  if (!options.cuda || options.compute_bytes == kAccBytes || options.dropout || SharesLayers(options)) return linears;
+  for (Linear* linear : {&linears.qkv, &linears.o, &linears.down}) linear->a_below = linear->out < 2 * linear->in;
+  return linears;
+}
+
+int64_t BlockBytes(int64_t tokens) {
+  const auto part = [](int64_t bytes) { return (bytes + kBlockAlignment - 1) / kBlockAlignment * kBlockAlignment; };
+  return kBlockAlignment + 2 * part(4 * tokens) + 3 * part(8 * tokens);
 }
 
 int64_t RowSize(const ModelConfig& config) { return config.query_size() + 2 * config.key_value_size(); }
@@ -55,7 +70,7 @@ int64_t WeightBytes(const ModelConfig& config, const Linears& linears, const Sta
   int64_t layer = 0;
   for (const Linear* linear : linears.all()) layer += linear->weight_size();
   int64_t elements = 0;
-  if (options.zero_stage >= 3 && options.replicas > 1) {
+  if (SharesLayers(options)) {
     const int64_t part = ((layer + options.replicas - 1) / options.replicas + kPartMultiple - 1) / kPartMultiple * kPartMultiple;
     elements = stage.num_layers * part + 2 * options.replicas * part;
   } else {
@@ -98,25 +113,28 @@ int64_t ScratchBytes(const ModelConfig& config, const Linears& linears, const St
     if (linear->lora_columns > 0) dropped = std::max(dropped, linear->in);
   }
   columns += gradient + (options.dropout ? dropped : 0);
-  columns += RowSize(config);                  // gradient of q k v
-  if (stage.has_embedding) columns += hidden;  // gradient of the residual stream; other stages send it on
+  columns += RowSize(config) + linears.qkv.a_rows();  // gradient of q k v
+  if (options.cuda) columns += RowSize(config);       // and of its parts, which attention wants apart there
+  // The gradient of the residual stream, where nobody takes it away or it is wider than what goes on.
+  const int64_t wider = std::max(linears.o.a_rows(), linears.down.a_rows());
+  if (stage.has_embedding || wider > 0 || IsCaptured(options)) columns += hidden + wider;
   int64_t elements = options.tokens * columns;
   if (stage.has_head) elements += 3 * options.targets * hidden + std::min(options.targets, options.head_rows) * config.vocab_size;
   return elements * options.compute_bytes;
 }
 
-// cuDNN's backward: dense copies of q k v, output and its gradient, the gradients of q k v, and a workspace of three fp32 values per query element (sums of
-// dq, and dk and dv for every query head). It rounds the tokens up so that few plans serve all micro-batches.
+// cuDNN's backward has a workspace of three fp32 values per query element (sums of dq, and dk and dv for every query head). It rounds the tokens up so that
+// few plans serve all micro-batches.
 int64_t CudaAttentionBytes(const ModelConfig& config, const StageMemoryOptions& options) {
-  const int64_t tokens = options.tokens, q = config.query_size();
-  if (options.compute_bytes == 4) {
+  const int64_t tokens = options.tokens;
+  if (options.compute_bytes == kAccBytes) {
     // Plain products: scores, probabilities, their gradients and the mask of one document and group of heads.
     const int64_t group = config.num_attention_heads / std::max<int64_t>(1, config.num_key_value_heads);
     return 4 * (3 * group + 1) * options.longest_document * options.longest_document;
   }
   const int64_t step = std::max<int64_t>(1024, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(1, tokens)))) / 8);
   const int64_t rounded = (tokens + step - 1) / step * step;
-  return tokens * options.compute_bytes * (2 * RowSize(config) + 2 * q) + rounded * kAccBytes * (3 * q + config.num_attention_heads);
+  return rounded * kAccBytes * (3 * config.query_size() + config.num_attention_heads) * (IsCaptured(options) ? 2 : 1);
 }
 
 int64_t CpuTemporaryBytes(const ModelConfig& config, const Linears& linears, const StageShape& stage, const StageMemoryOptions& options) {
@@ -148,7 +166,7 @@ absl::string_view WordOf(ActivationCheckpointing checkpointing) {
 }
 
 StageMemory MemoryOfStage(const ModelConfig& config, const LoraShape& lora, const StageShape& stage, const StageMemoryOptions& options) {
-  const Linears linears = LinearsOf(config, lora);
+  const Linears linears = LinearsOf(config, lora, options);
   const int64_t tokens = options.tokens, bytes = options.compute_bytes;
   StageMemory memory;
   memory.weights = WeightBytes(config, linears, stage, options);
@@ -159,15 +177,15 @@ StageMemory MemoryOfStage(const ModelConfig& config, const LoraShape& lora, cons
   const auto part = [&](int64_t count) { return (count + options.replicas - 1) / options.replicas; };
   memory.masters = parameters * kAccBytes;
   if (bytes != kAccBytes) {
-    for (const Linear* linear : linears.all()) memory.masters += stage.num_layers * linear->lora_columns * linear->in * bytes;
+    for (const Linear* linear : linears.all()) memory.masters += stage.num_layers * (linear->lora_columns - linear->a_rows()) * linear->in * bytes;
   }
   memory.gradients = (shared && options.zero_stage >= 2 ? part(parameters) + 2 * of_layer : parameters) * kAccBytes;
   memory.moments = 2 * (shared && options.zero_stage >= 1 ? part(parameters) : parameters) * kAccBytes;
 
-  memory.kept = stage.num_layers * ColumnsOf(config, linears, options.checkpointing).bytes(tokens, bytes) + tokens * int64_t{4};  // positions
-  if (stage.has_head) memory.kept += options.targets * (config.hidden_size * bytes + int64_t{8});                                 // gradient and rows
+  memory.kept = stage.num_layers * ColumnsOf(config, linears, options.checkpointing).bytes(tokens, bytes) + BlockBytes(tokens);
+  if (stage.has_head) memory.kept += options.targets * config.hidden_size * bytes;  // gradient of the hidden state
   if (options.checkpointing != ActivationCheckpointing::kNone || options.evaluates) {
-    memory.transient = ColumnsOf(config, linears, ActivationCheckpointing::kNone).bytes(tokens, bytes) + (options.evaluates ? tokens * int64_t{4} : 0);
+    memory.transient = ColumnsOf(config, linears, ActivationCheckpointing::kNone).bytes(tokens, bytes) + (options.evaluates ? BlockBytes(tokens) : 0);
   }
   memory.scratch = ScratchBytes(config, linears, stage, options);
   memory.temporary = options.cuda ? CudaAttentionBytes(config, options) : CpuTemporaryBytes(config, linears, stage, options);

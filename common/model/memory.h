@@ -37,9 +37,11 @@ struct StageMemoryOptions {
   int replicas = 1;
 };
 
-// Rows of logits at a time in the trainer: on a CPU they have to stay in cache.
+// Rows of logits at a time in the trainer: on a CPU they have to stay in cache, a GPU wants to be filled.
 inline constexpr int64_t kCpuHeadRows = 256;
 inline constexpr int64_t kCudaHeadRows = 2048;
+// A GPU's passes over micro-batches of up to so many tokens are captured, and what they allocate for a while comes from a pool of their own.
+inline constexpr int64_t kMostCapturedTokens = 8192;
 
 // Bytes. All but `kept` once per stage, whatever the number of micro-batches.
 struct StageMemory {

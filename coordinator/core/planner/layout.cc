@@ -147,8 +147,9 @@ model::StageMemoryOptions MemoryOptionsOf(const v1::JobSpec& spec, const model::
   options.compute_bytes = compute_bytes;
   options.longest_document = SequenceLength(spec, config);
   if (facts.longest_row > 0) options.longest_document = std::min(options.longest_document, facts.longest_row);
-  // Packed micro-batches are filled up; others hold micro_batch_size rows, however short.
-  options.tokens = spec.training().micro_batch_size() * (spec.data().sample_packing() ? SequenceLength(spec, config) : options.longest_document);
+  // Packed micro-batches are filled up, and a GPU makes room for full ones at once; others hold micro_batch_size rows, however short.
+  const bool full = options.cuda || spec.data().sample_packing();
+  options.tokens = spec.training().micro_batch_size() * (full ? SequenceLength(spec, config) : options.longest_document);
   options.targets = options.tokens;
   options.head_rows = options.cuda ? model::kCudaHeadRows : model::kCpuHeadRows;
   options.dropout = spec.adapter().lora_dropout() > 0;

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kMiB = int64_t{1} << 20;
 // A process with LibTorch loaded.
-constexpr int64_t kCpuRuntimeBytes = 256 * kMiB;
+constexpr int64_t kCpuRuntimeBytes = 192 * kMiB;
 // A CUDA context with the kernels of LibTorch, cuBLAS and cuDNN; buffers of one NCCL communicator. Neither passes through LibTorch's allocator.
 constexpr int64_t kCudaRuntimeBytes = 640 * kMiB;
 constexpr int64_t kNcclBytes = 128 * kMiB;
