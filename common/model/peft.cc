@@ -107,7 +107,11 @@ absl::Status ParseTargets(const json& value, absl::string_view source, AdapterCo
 
 }  // namespace
 
-double AdapterConfig::scale() const { return use_rslora ? lora_alpha / std::sqrt(static_cast<double>(r)) : lora_alpha / static_cast<double>(r); }
+double AdapterConfig::scale() const { return LoraScale(r, lora_alpha, use_rslora); }
+
+double LoraScale(int64_t r, double lora_alpha, bool use_rslora) {
+  return lora_alpha / (use_rslora ? std::sqrt(static_cast<double>(r)) : static_cast<double>(r));
+}
 
 absl::StatusOr<AdapterConfig> ParseAdapterConfig(absl::string_view text, absl::string_view source) {
   PPFT_ASSIGN_OR_RETURN(const json object, ParseStrictObject(text, source));

@@ -22,7 +22,6 @@ struct AdapterConfig {
   bool use_rslora = false;
   std::string base_model;  // base_model_name_or_path; "" if it does not say
 
-  // What B A x is multiplied with: alpha / r, or alpha / sqrt(r) with rsLoRA.
   double scale() const;
 };
 
@@ -31,6 +30,9 @@ struct AdapterConfig {
 absl::StatusOr<AdapterConfig> ParseAdapterConfig(absl::string_view json, absl::string_view source);
 // The stable keys only, sorted; lora_alpha is an integer when it is one.
 std::string AdapterConfigText(const AdapterConfig& config);
+
+// What B A x is multiplied with: alpha / r, or alpha / sqrt(r) with rsLoRA.
+double LoraScale(int64_t r, double lora_alpha, bool use_rslora);
 
 // "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"; matrix is "lora_A" (r x in) or "lora_B" (out x r).
 std::string PeftKey(int64_t layer, absl::string_view module, absl::string_view matrix);

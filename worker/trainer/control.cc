@@ -50,8 +50,10 @@ void Control::ReadLoop() {
       if (!peers_.has_value()) peers_.emplace(input.status());
     } else if (input->start.has_value()) {
       start_.emplace(*std::move(input->start));
-    } else {
+    } else if (input->peers.has_value()) {
       peers_.emplace(*std::move(input->peers));
+    } else {
+      trace_orders_.Set(*input->trace);
     }
     changed_.notify_all();
   }

@@ -26,6 +26,8 @@ class Control : public Reporter {
   absl::StatusOr<std::vector<std::string>> AwaitPeers();
   // Names this rank in log lines.
   void SetSource(const std::string& source) { source_ = source; }
+  // What the agent wants to be recorded.
+  const TraceOrders& trace_orders() const { return trace_orders_; }
 
   void Listening(const std::string& address) override { Write(EncodeListening(address)); }
   void Ready() override { Write(EncodeReady()); }
@@ -35,6 +37,7 @@ class Control : public Reporter {
   void Stats(const StageStats& report) override { Write(Encode(report)); }
   void Finished(const TrainingState& state, const std::string& reason) override { Write(EncodeFinished(state, reason)); }
   void Exported(const ExportWritten& report) override { Write(Encode(report)); }
+  void Trace(const RankTrace& trace) override { Write(Encode(trace)); }
   void Log(Severity severity, const std::string& text) override;
   void Failed(const FailureReport& report) override { Write(Encode(report)); }
 
@@ -44,6 +47,7 @@ class Control : public Reporter {
 
   const Fd socket_;
   std::string source_ = "trainer";
+  TraceOrders trace_orders_;
   std::mutex write_mutex_;  // one frame at a time
 
   std::mutex mutex_;

@@ -79,6 +79,7 @@ absl::Status Work(Control& control, std::unique_ptr<Trainer>& trainer) {
   PPFT_RETURN_IF_ERROR(WithReason(CheckConfig(config), "SPEC_INVALID", "USER", "correct the job and submit it again"));
   PPFT_ASSIGN_OR_RETURN(CudaRuntime * cuda, UseDevice(config));
   trainer = std::make_unique<Trainer>(config, &control, beat, cuda);
+  trainer->FollowOrders(&control.trace_orders());
   const auto run = [&]() -> absl::Status {
     PPFT_RETURN_IF_ERROR(trainer->Load());
     PPFT_ASSIGN_OR_RETURN(const std::vector<std::string> endpoints, control.AwaitPeers());

@@ -1,13 +1,14 @@
 #include "worker/trainer/wire.h"
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "common/base/proto_time.h"
 #include "common/base/status.h"
+#include "common/model/peft.h"
 #include "ppft/v1/trainer.pb.h"
 
 namespace ppft::trainer {
@@ -123,7 +124,7 @@ void ReadSpec(const v1::JobSpec& spec, TrainerConfig* config) {
   config->seed = static_cast<uint64_t>(spec.seed());
   const v1::AdapterSpec& adapter = spec.adapter();
   config->adapter.r = adapter.r();
-  config->adapter.scale = adapter.lora_alpha() / (adapter.use_rslora() ? std::sqrt(static_cast<double>(adapter.r())) : static_cast<double>(adapter.r()));
+  config->adapter.scale = model::LoraScale(adapter.r(), adapter.lora_alpha(), adapter.use_rslora());
   config->adapter.dropout = adapter.lora_dropout();
   config->adapter.target_modules = {adapter.target_modules().begin(), adapter.target_modules().end()};
   config->data.sequence_len = spec.data().sequence_len();
@@ -154,10 +155,7 @@ void ReadSpec(const v1::JobSpec& spec, TrainerConfig* config) {
   config->load_best_model_at_end = spec.checkpoint().load_best_model_at_end();
   for (const std::string& format : spec.output().formats()) config->write_merged = config->write_merged || format == "merged";
   config->verify = spec.output().verify();
-  if (spec.limits().has_stall_timeout()) {
-    const google::protobuf::Duration& timeout = spec.limits().stall_timeout();
-    config->stall_timeout = absl::Seconds(timeout.seconds()) + absl::Nanoseconds(timeout.nanos());
-  }
+  if (spec.limits().has_stall_timeout()) config->stall_timeout = ToDuration(spec.limits().stall_timeout());
 }
 
 absl::StatusOr<TrainerConfig> FromProto(const v1::Start& start) {
@@ -203,6 +201,26 @@ const char* SeverityName(Severity severity) {
   return "INFO";
 }
 
+v1::TraceRow RowOf(TraceRow row) {
+  switch (row) {
+    case TraceRow::kCompute:
+      return v1::TRACE_ROW_COMPUTE;
+    case TraceRow::kSend:
+      return v1::TRACE_ROW_SEND;
+    case TraceRow::kReceive:
+      return v1::TRACE_ROW_RECEIVE;
+    case TraceRow::kCollective:
+      return v1::TRACE_ROW_COLLECTIVE;
+    case TraceRow::kOptimizer:
+      return v1::TRACE_ROW_OPTIMIZER;
+    case TraceRow::kEvaluation:
+      return v1::TRACE_ROW_EVALUATION;
+    case TraceRow::kCheckpoint:
+      return v1::TRACE_ROW_CHECKPOINT;
+  }
+  return v1::TRACE_ROW_UNSPECIFIED;
+}
+
 }  // namespace
 
 absl::StatusOr<AgentInput> ParseAgentMessage(absl::string_view bytes) {
@@ -220,6 +238,8 @@ absl::StatusOr<AgentInput> ParseAgentMessage(absl::string_view bytes) {
       endpoints[static_cast<size_t>(endpoint.rank())] = endpoint.address();
     }
     input.peers = std::move(endpoints);
+  } else if (message.has_trace()) {
+    input.trace = TraceOrder{message.trace().id(), message.trace().num_steps()};
   } else {
     return absl::InvalidArgumentError("an AgentMessage of a kind that this trainer does not know");
   }
@@ -315,12 +335,32 @@ std::string Encode(const ExportWritten& exported) {
 std::string EncodeLog(const std::string& source, Severity severity, const std::string& text) {
   v1::TrainerReport report;
   v1::LogLine* out = report.mutable_log();
-  const absl::Time now = absl::Now();
-  out->mutable_time()->set_seconds(absl::ToUnixSeconds(now));
-  out->mutable_time()->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(now - absl::FromUnixSeconds(absl::ToUnixSeconds(now)))));
+  SetTime(absl::Now(), out->mutable_time());
   out->set_source(source);
   out->set_severity(SeverityName(severity));
   out->set_text(text);
+  return Bytes(report);
+}
+
+std::string Encode(const RankTrace& trace) {
+  v1::TrainerReport report;
+  v1::RankTrace* out = report.mutable_trace();
+  out->set_id(trace.id);
+  out->set_first_step(trace.first_step);
+  out->set_last_step(trace.last_step);
+  out->set_device_times(trace.device_times);
+  out->set_last(trace.last);
+  for (const TraceSpan& span : trace.spans) {
+    v1::TraceSpan* to = out->add_spans();
+    to->set_row(RowOf(span.row));
+    to->set_name(span.name);
+    to->set_step(span.step);
+    to->set_stage(span.stage);
+    to->set_microbatch(span.microbatch);
+    to->set_begin_unix_nanos(span.begin_unix_nanos);
+    to->set_duration_nanos(span.duration_nanos);
+    to->set_evaluation(span.evaluation);
+  }
   return Bytes(report);
 }
 

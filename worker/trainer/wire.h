@@ -10,6 +10,7 @@
 #include "absl/strings/string_view.h"
 #include "worker/trainer/engine/config.h"
 #include "worker/trainer/engine/report.h"
+#include "worker/trainer/engine/trace_orders.h"
 
 namespace ppft::trainer {
 
@@ -17,6 +18,7 @@ namespace ppft::trainer {
 struct AgentInput {
   std::optional<TrainerConfig> start;
   std::optional<std::vector<std::string>> peers;  // endpoints by rank
+  std::optional<TraceOrder> trace;
 };
 
 // One serialized AgentMessage. INVALID_ARGUMENT if it is none, or if it lacks what every job has.
@@ -32,6 +34,7 @@ std::string Encode(const StageStats& report);
 std::string EncodeFinished(const TrainingState& state, const std::string& reason);
 std::string Encode(const ExportWritten& report);
 std::string EncodeLog(const std::string& source, Severity severity, const std::string& text);
+std::string Encode(const RankTrace& trace);
 std::string Encode(const FailureReport& report);
 
 }  // namespace ppft::trainer

@@ -12,6 +12,7 @@
 #include <map>
 
 #include "worker/trainer/comm/nccl/nccl_comm.h"
+#include "worker/trainer/cuda/cuda_timer.h"
 #include "worker/trainer/kernels/cuda/cuda_kernels.h"
 #include "worker/trainer/kernels/cuda/device_optimizer.h"
 #include "worker/trainer/kernels/cuda/launch.h"
@@ -136,6 +137,7 @@ class CudaRuntimeImpl final : public CudaRuntime {
 
   void ResetPeakMemory(int device) override { allocator::resetPeakStats(static_cast<c10::DeviceIndex>(device)); }
   void ReleaseCachedMemory() override { allocator::emptyCache(); }
+  std::unique_ptr<DeviceTimer> MakeTimer() override { return MakeCudaTimer(); }
 
  private:
   std::map<int, std::unique_ptr<Kernels>> kernels_;

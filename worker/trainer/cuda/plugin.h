@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "worker/trainer/comm/device/device_comm.h"
+#include "worker/trainer/cuda/device_timer.h"
 #include "worker/trainer/kernels/kernels.h"
 #include "worker/trainer/kernels/optimizer.h"
 
@@ -59,9 +60,11 @@ class CudaRuntime {
   virtual void ResetPeakMemory(int device) = 0;
   // Gives cached memory back to the device.
   virtual void ReleaseCachedMemory() = 0;
+  // For the stream that is this thread's current one.
+  virtual std::unique_ptr<DeviceTimer> MakeTimer() = 0;
 };
 
-inline constexpr int kCudaPluginAbi = 1;
+inline constexpr int kCudaPluginAbi = 2;
 
 }  // namespace ppft::trainer
 

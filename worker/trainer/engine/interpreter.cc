@@ -63,7 +63,7 @@ absl::Status Interpreter::Run(const pipeline::Program& program, const std::vecto
 // The replicas may have tokens where this one has none, and need it for what they do together.
 absl::Status Interpreter::Idle(const Action& action) {
   if (action.op != Op::kForward && action.op != Op::kBackward) return absl::OkStatus();
-  activity_->Enter(Section::kReduce, action.microbatch);
+  activity_->Enter(Section::kReduce, &action);
   return Annotate(stages_[action.stage]->Idle(action.op == Op::kBackward), pipeline::ToString(action));
 }
 
@@ -85,13 +85,13 @@ absl::Status Interpreter::Execute(const Action& action, const Pass& pass) {
   });
 }
 
-absl::StatusOr<at::Tensor> Interpreter::Take(std::map<Key, Incoming>* incoming, const Key& key) {
-  auto found = incoming->find(key);
+absl::StatusOr<at::Tensor> Interpreter::Take(std::map<Key, Incoming>* incoming, const Action& receive) {
+  auto found = incoming->find({receive.stage, receive.microbatch});
   if (found == incoming->end()) return absl::NotFoundError("");
   Incoming message = std::move(found->second);
   incoming->erase(found);
   if (message.posted) {
-    activity_->Enter(Section::kReceive, key.second);
+    activity_->Enter(Section::kReceive, &receive);
     PPFT_RETURN_IF_ERROR(transport_->Wait(message.ticket));
   }
   return message.tensor;
@@ -102,13 +102,13 @@ absl::Status Interpreter::Forward(const Action& action, const Pass& pass) {
   const Key key{action.stage, action.microbatch};
   at::Tensor hidden_in;
   if (action.stage > 0) {
-    absl::StatusOr<at::Tensor> taken = Take(&inputs_, key);
+    absl::StatusOr<at::Tensor> taken = Take(&inputs_, {action.stage, Op::kRecvForward, action.microbatch});
     if (absl::IsNotFound(taken.status())) return Missing(action, "its input");
     PPFT_RETURN_IF_ERROR(taken.status());
     hidden_in = *std::move(taken);
   }
   StageModel& stage = *stages_[action.stage];
-  activity_->Enter(Section::kForward, action.microbatch);
+  activity_->Enter(Section::kForward, &action);
   const bool last = action.stage + 1 == num_stages();
   if (last && pass.options.last_stage) return pass.options.last_stage(stage, input, hidden_in);
   PPFT_ASSIGN_OR_RETURN(at::Tensor out, stage.Forward(input, hidden_in, pass.options.keep_for_backward, pass.loss_sum));
@@ -126,12 +126,12 @@ absl::Status Interpreter::Backward(const Action& action, const Pass& pass) {
   const Key key{action.stage, action.microbatch};
   at::Tensor grad_out;
   if (action.stage + 1 < num_stages()) {
-    absl::StatusOr<at::Tensor> taken = Take(&gradients_, key);
+    absl::StatusOr<at::Tensor> taken = Take(&gradients_, {action.stage, Op::kRecvBackward, action.microbatch});
     if (absl::IsNotFound(taken.status())) return Missing(action, "its gradient");
     PPFT_RETURN_IF_ERROR(taken.status());
     grad_out = *std::move(taken);
   }
-  activity_->Enter(Section::kBackward, action.microbatch);
+  activity_->Enter(Section::kBackward, &action);
   PPFT_ASSIGN_OR_RETURN(at::Tensor grad_in, stages_[action.stage]->Backward(input, grad_out));
   if (action.stage == 0) return absl::OkStatus();
   if (IsLocal(action.stage - 1)) {
@@ -152,7 +152,7 @@ absl::Status Interpreter::Send(const Action& action, const Pass& pass) {
   if (found == made.end()) return Missing(action, "having made it");
   const at::Tensor tensor = found->second.contiguous();
   made.erase(found);
-  activity_->Enter(Section::kSend, action.microbatch);
+  activity_->Enter(Section::kSend, &action);
   return transport_->Send(mesh_.RankOfStage(mesh_.ReplicaOf(rank_), to_stage), forward ? Channel::kActivations : Channel::kGradients,
                           Tag{pass.options.pass, action.stage, action.microbatch}, BufferOf(tensor));
 }

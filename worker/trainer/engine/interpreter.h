@@ -61,8 +61,8 @@ class Interpreter {
   absl::Status Backward(const pipeline::Action& action, const Pass& pass);
   absl::Status Send(const pipeline::Action& action, const Pass& pass);
   absl::Status Receive(const pipeline::Action& action, const Pass& pass);
-  // The tensor for `key`, received or handed over; waits for it.
-  absl::StatusOr<at::Tensor> Take(std::map<Key, Incoming>* incoming, const Key& key);
+  // The tensor that `receive` brings, received or handed over; waits for it.
+  absl::StatusOr<at::Tensor> Take(std::map<Key, Incoming>* incoming, const pipeline::Action& receive);
   bool IsLocal(int stage) const { return stages_.count(stage) != 0; }
   int num_stages() const { return mesh_.num_stages(); }
 

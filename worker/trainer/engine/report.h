@@ -78,6 +78,28 @@ struct ExportWritten {
   std::vector<Verification> verifications;
 };
 
+enum class TraceRow { kCompute, kSend, kReceive, kCollective, kOptimizer, kEvaluation, kCheckpoint };
+
+struct TraceSpan {
+  TraceRow row = TraceRow::kCompute;
+  std::string name;  // the action, or what was done
+  int64_t step = 0;
+  int stage = -1;
+  int microbatch = -1;
+  int64_t begin_unix_nanos = 0;
+  int64_t duration_nanos = 0;
+  bool evaluation = false;  // part of an evaluation, not of a step
+};
+
+struct RankTrace {
+  int64_t id = 0;
+  int64_t first_step = 0;  // 0: no step was left to record
+  int64_t last_step = 0;
+  bool device_times = false;
+  std::vector<TraceSpan> spans;
+  bool last = false;  // of this trace
+};
+
 struct FailureReport {
   std::string code;
   std::string owner;
@@ -99,6 +121,7 @@ class Reporter {
   virtual void Stats(const StageStats& report) = 0;
   virtual void Finished(const TrainingState& state, const std::string& reason) = 0;
   virtual void Exported(const ExportWritten& report) = 0;
+  virtual void Trace(const RankTrace& trace) = 0;
   virtual void Log(Severity severity, const std::string& text) = 0;
   virtual void Failed(const FailureReport& report) = 0;
 };

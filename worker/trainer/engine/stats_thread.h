@@ -35,8 +35,6 @@ class Trainer::StatsThread {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
-
   void Loop() {
     std::unique_lock<std::mutex> lock(mutex_);
     bool last = false;
@@ -51,10 +49,11 @@ class Trainer::StatsThread {
   StageStats Snapshot() {
     StageStats stats;
     stats.pipeline_rank = pipeline_rank_;
-    double working = 0;
+    double working = 0, counted = 0;
     for (int kind = 0; kind < kNumBusy; ++kind) {
       const double seconds = activity_->seconds(static_cast<Busy>(kind));
       stats.busy_seconds[kBusyNames[kind]] = seconds;
+      counted += seconds;
       if (kind <= static_cast<int>(Busy::kOptimizer)) working += seconds;
     }
     if (transport_ != nullptr) {
@@ -66,11 +65,11 @@ class Trainer::StatsThread {
     getrusage(RUSAGE_SELF, &usage);
     const int64_t device_bytes = device_bytes_->load(std::memory_order_relaxed);
     stats.memory_bytes = device_bytes > 0 ? device_bytes : usage.ru_maxrss * int64_t{1024};
-    const Clock::time_point now = Clock::now();
-    const double passed = std::chrono::duration<double>(now - last_time_).count();
-    stats.bubble_ratio = passed > 0 ? std::clamp(1.0 - (working - last_working_) / passed, 0.0, 1.0) : 0.0;
-    last_time_ = now;
+    // Of the time that is counted: a device's comes step by step.
+    if (counted > last_counted_) bubble_ratio_ = std::clamp(1.0 - (working - last_working_) / (counted - last_counted_), 0.0, 1.0);
+    last_counted_ = counted;
     last_working_ = working;
+    stats.bubble_ratio = bubble_ratio_;
     return stats;
   }
 
@@ -79,8 +78,9 @@ class Trainer::StatsThread {
   const Transport* const transport_;
   Reporter* const reporter_;
   const std::atomic<int64_t>* const device_bytes_;
-  Clock::time_point last_time_ = Clock::now();
+  double last_counted_ = 0;
   double last_working_ = 0;
+  double bubble_ratio_ = 0;
   std::mutex mutex_;
   std::condition_variable changed_;
   bool stopping_ = false;  // guarded by mutex_

@@ -27,7 +27,9 @@ Trainer::Trainer(TrainerConfig config, Reporter* reporter, Beat* beat, CudaRunti
       factory_(std::move(factory)),
       mesh_{config_.plan.data_parallel_size, config_.plan.pipeline_parallel_size, config_.plan.virtual_stages},
       activity_(beat),
-      scaler_(config_.loss_scaler) {}
+      scaler_(config_.loss_scaler) {
+  FollowOrders(&no_orders_);
+}
 
 Trainer::~Trainer() = default;
 
@@ -49,20 +51,14 @@ std::map<int, StageModel*> Trainer::StageMap() const {
   return map;
 }
 
-std::vector<std::string> Trainer::AllParameterNames() const {
-  std::vector<std::string> names;
-  for (const StageSpec& stage : plan().stages) {
-    for (int layer = stage.first_layer; layer < stage.first_layer + stage.num_layers; ++layer) {
-      for (const std::string& module : config_.adapter.target_modules) {
-        for (const char* matrix : {"lora_A", "lora_B"}) names.push_back(model::PeftKey(layer, module, matrix));
-      }
-    }
-  }
-  return names;
+std::string Trainer::ParameterName(size_t index) const {
+  const std::vector<std::string>& modules = config_.adapter.target_modules;
+  return model::PeftKey(static_cast<int64_t>(index / parameters_per_layer()), modules[index / 2 % modules.size()], index % 2 == 0 ? "lora_A" : "lora_B");
 }
 
 absl::Status Trainer::Run() {
   const c10::InferenceMode guard;
+  if (cuda_ != nullptr) activity_.UseDevice(cuda_->MakeTimer());
   activity_.Enter(Section::kStarting);
   StartStats();
   reporter_->Ready();
@@ -96,10 +92,13 @@ absl::Status Trainer::Train() {
   if (has_eval() && state_.step == 0 && config_.evaluation.eval_on_start && state_.last_eval_step < 0) {
     PPFT_RETURN_IF_ERROR(Evaluate(0, &new_best, &eval_loss));
   }
+  if (state_.step < plan().total_steps) PPFT_RETURN_IF_ERROR(GatherOrders());
   while (state_.step < plan().total_steps && !StopsEarly()) {
     const int64_t step = state_.step + 1;
     activity_.SetStep(step);
+    tracer_->BeginStep(step);
     PPFT_RETURN_IF_ERROR(TrainStep(step));
+    activity_.Rest();
     new_best = false;
     eval_loss.reset();
     if (EvalDue(step)) PPFT_RETURN_IF_ERROR(Evaluate(step, &new_best, &eval_loss));
@@ -108,10 +107,20 @@ absl::Status Trainer::Train() {
     const bool keeps_best = new_best && config_.load_best_model_at_end;
     if (keeps_best) adapter_->KeepBest();
     if (last || due || keeps_best) PPFT_RETURN_IF_ERROR(WriteCheckpoint(new_best, eval_loss));
+    activity_.Rest();
   }
+  tracer_->Finish(state_.step);
   FillState(state_.step);
   LogPeakMemory();
   reporter_->Finished(state_, state_.step < plan().total_steps ? "early_stopping" : "max_steps");
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::GatherOrders() {
+  const auto mine = static_cast<double>(tracer_->Offer());
+  PPFT_ASSIGN_OR_RETURN(const std::vector<double> all,
+                        world_->AllGather(absl::MakeConstSpan(&mine, 1), std::vector<int64_t>(static_cast<size_t>(mesh_.num_ranks()), 1)));
+  tracer_->Agree({all.begin(), all.end()});
   return absl::OkStatus();
 }
 
@@ -174,13 +183,15 @@ absl::Status Trainer::TrainStep(int64_t step) {
 }
 
 absl::StatusOr<Trainer::StepSums> Trainer::GatherSums() {
-  const auto per_layer = static_cast<int64_t>(2 * config_.adapter.target_modules.size());
-  PPFT_ASSIGN_OR_RETURN(const std::vector<double> mine, adapter_->Sums(LossTotal()));
+  const auto per_layer = static_cast<int64_t>(parameters_per_layer());
+  PPFT_ASSIGN_OR_RETURN(std::vector<double> mine, adapter_->Sums(LossTotal()));
   PPFT_RETURN_IF_ERROR(TransportStatus());  // what a lost peer left on the device ends here
   RecordDeviceMemory();
+  activity_.Collect();
+  mine.push_back(static_cast<double>(tracer_->Offer()));
   std::vector<int64_t> counts;
   for (const RankSpec& rank : plan().ranks) {
-    int64_t count = 1;
+    int64_t count = 2;  // the loss and the trace order
     for (const int stage : rank.stages) count += per_layer * plan().stages[static_cast<size_t>(stage)].num_layers;
     counts.push_back(count);
   }
@@ -190,6 +201,7 @@ absl::StatusOr<Trainer::StepSums> Trainer::GatherSums() {
   std::vector<int64_t> offset_of_stage(plan().stages.size() + 1, 0);
   for (size_t s = 0; s < plan().stages.size(); ++s) offset_of_stage[s + 1] = offset_of_stage[s] + per_layer * plan().stages[s].num_layers;
   sums.squares.assign(static_cast<size_t>(offset_of_stage.back()), 0.0);
+  std::vector<int64_t> offers;
   size_t at = 0;
   for (const RankSpec& rank : plan().ranks) {
     sums.loss_sum += all[at++];
@@ -197,7 +209,9 @@ absl::StatusOr<Trainer::StepSums> Trainer::GatherSums() {
       for (int64_t i = offset_of_stage[static_cast<size_t>(stage)]; i < offset_of_stage[static_cast<size_t>(stage) + 1]; ++i)
         sums.squares[static_cast<size_t>(i)] += all[at++];
     }
+    offers.push_back(static_cast<int64_t>(all[at++]));
   }
+  tracer_->Agree(offers);
   return sums;
 }
 
@@ -209,12 +223,11 @@ absl::Status Trainer::CheckFinite(const StepSums& sums, const data::StepPlan& st
   }
   for (size_t i = 0; i < sums.squares.size(); ++i) {
     if (std::isfinite(sums.squares[i])) continue;
-    const size_t per_layer = 2 * config_.adapter.target_modules.size();
-    const int layer = static_cast<int>(i / per_layer);
+    const int layer = static_cast<int>(i / parameters_per_layer());
     int stage = 0;
     while (plan().stages[static_cast<size_t>(stage)].first_layer + plan().stages[static_cast<size_t>(stage)].num_layers <= layer) ++stage;
     return WithReason(
-        absl::OutOfRangeError(absl::StrCat("the gradient of ", AllParameterNames()[i], " is not finite in step ", step_plan.step, " (stage ", stage, ")")),
+        absl::OutOfRangeError(absl::StrCat("the gradient of ", ParameterName(i), " is not finite in step ", step_plan.step, " (stage ", stage, ")")),
         "NUMERIC_DIVERGENCE", "USER", kRemedy);
   }
   return absl::OkStatus();
@@ -273,13 +286,26 @@ absl::StatusOr<double> Trainer::EvaluationLoss() {
     if (total.defined()) loss_sum = total.item<double>();
     return TransportStatus();
   }));
+  activity_.Collect();
   PPFT_RETURN_IF_ERROR(world_->AllReduceSum(absl::Span<double>(&loss_sum, 1)));
   return loss_sum / static_cast<double>(std::max<int64_t>(1, eval_targets_));
 }
 
 absl::Status Trainer::Evaluate(int64_t step, bool* new_best, std::optional<double>* eval_loss) {
   const absl::Time begin = absl::Now();
+  activity_.SetEvaluation(true);
   PPFT_ASSIGN_OR_RETURN(const double loss, EvaluationLoss());
+  activity_.Rest();
+  activity_.SetEvaluation(false);
+  if (activity_.tracing()) {
+    TraceSpan span;
+    span.row = TraceRow::kEvaluation;
+    span.name = "evaluation";
+    span.step = step;
+    span.begin_unix_nanos = absl::ToUnixNanos(begin);
+    span.duration_nanos = absl::ToInt64Nanoseconds(absl::Now() - begin);
+    activity_.AddSpan(std::move(span));
+  }
   if (!std::isfinite(loss)) {
     return WithReason(absl::OutOfRangeError(absl::StrCat("the evaluation loss after step ", step, " is not finite (stage ", plan().stages.size() - 1, ")")),
                       "NUMERIC_DIVERGENCE", "USER", "lower training.learning_rate or look for damaged evaluation rows");

@@ -31,6 +31,7 @@
 #include "worker/trainer/engine/device_adapter_state.h"
 #include "worker/trainer/engine/interpreter.h"
 #include "worker/trainer/engine/report.h"
+#include "worker/trainer/engine/tracer.h"
 #include "worker/trainer/model/stage_model.h"
 #include "worker/trainer/optim/loss_scaler.h"
 
@@ -53,6 +54,8 @@ class Trainer {
   absl::Status Connect(TcpListener listener, const std::vector<std::string>& endpoints);
   // Trains from where it stands and exports. OK: everything was reported.
   absl::Status Run();
+  // Before Run: whose steps to record. It outlives this object; without it none are.
+  void FollowOrders(const TraceOrders* orders) { tracer_.emplace(orders, &activity_, reporter_); }
   // The peers fail with this rank's name; any thread.
   void Abort(const absl::Status& cause);
 
@@ -77,6 +80,8 @@ class Trainer {
   absl::Status Train();
   void RecordDeviceMemory();
   void LogPeakMemory();
+  // The ranks' trace orders, before the first step.
+  absl::Status GatherOrders();
   absl::Status TrainStep(int64_t step);
   absl::StatusOr<StepSums> GatherSums();
   // NUMERIC_DIVERGENCE that names the loss or the first parameter whose gradient is not finite; OK if all are.
@@ -113,7 +118,9 @@ class Trainer {
   StageOptions OptionsOf(int stage) const;
   std::vector<StageModel*> Stages() const;
   std::map<int, StageModel*> StageMap() const;
-  std::vector<std::string> AllParameterNames() const;  // of the whole model, in model order
+  // Of the whole model in model order: layer by layer, in each the modules with their A and B.
+  size_t parameters_per_layer() const { return 2 * config_.adapter.target_modules.size(); }
+  std::string ParameterName(size_t index) const;
   void FillState(int64_t step);
   void Log(const std::string& text) { reporter_->Log(Severity::kInfo, text); }
 
@@ -147,6 +154,8 @@ class Trainer {
   std::unique_ptr<ReplicaExchange> exchange_;  // zero_stage 2 and 3 over several replicas
   std::unique_ptr<AdapterState> adapter_;
   std::unique_ptr<Interpreter> interpreter_;
+  const TraceOrders no_orders_;
+  std::optional<Tracer> tracer_;
   LossScaler scaler_;
   TrainingState state_;
   int64_t next_pass_ = 1;
