@@ -7,10 +7,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "absl/time/time.h"
 #include "clients/ppctl/commands.h"
 #include "clients/ppctl/completion.h"
+#include "clients/ppctl/config.h"
 #include "clients/ppctl/format.h"
 #include "common/base/status.h"
 #include "common/spec/suggest.h"
@@ -43,6 +45,9 @@ class Cli {
     app_.add_option("--tls-ca", context_.tls.ca, "PEM authority of the coordinator's certificate")->envname("PPCTL_TLS_CA");
     app_.add_option("--tls-cert", context_.tls.certificate, "PEM certificate to show to it")->envname("PPCTL_TLS_CERT");
     app_.add_option("--tls-key", context_.tls.key, "PEM key of that certificate")->envname("PPCTL_TLS_KEY");
+    app_.add_option("--token-file", context_.token_file, "File with the token to show to it")->envname("PPCTL_TOKEN_FILE");
+    app_.add_option("--context", context_.context_name, "Settings of that name in the config file (ppctl config list); default: the current ones")
+        ->envname("PPCTL_CONTEXT");
     app_.add_option("--timeout", timeout_, "How long to wait for the coordinator: 30s, 5m")->envname("PPCTL_TIMEOUT")->capture_default_str();
     app_.add_option("-o,--output", output_, "table, json, yaml or name")->envname("PPCTL_OUTPUT")->capture_default_str();
     JobFileCommands();
@@ -70,9 +75,29 @@ class Cli {
 
  private:
   Result Execute() {
+    if (needs_server_) PPFT_RETURN_IF_ERROR(ReadConfig());
     PPFT_RETURN_IF_ERROR(ReadGlobals());
     if (needs_server_) PPFT_RETURN_IF_ERROR(context_.Connect());
     return run_();
+  }
+
+  // What neither a flag nor the environment says.
+  absl::Status ReadConfig() {
+    PPFT_ASSIGN_OR_RETURN(const Config config, LoadConfig(ConfigPath()));
+    PPFT_ASSIGN_OR_RETURN(const Settings settings, ChooseContext(config, context_.context_name));
+    if (context_.context_name.empty()) context_.context_name = config.current;
+    const std::pair<const char*, std::string*> targets[] = {{"server", &context_.server},
+                                                            {"tls-ca", &context_.tls.ca},
+                                                            {"tls-cert", &context_.tls.certificate},
+                                                            {"tls-key", &context_.tls.key},
+                                                            {"token-file", &context_.token_file},
+                                                            {"timeout", &timeout_},
+                                                            {"output", &output_}};
+    for (const auto& [flag, target] : targets) {
+      const auto setting = settings.find(absl::StrReplaceAll(flag, {{"-", "_"}}));
+      if (setting != settings.end() && app_.get_option(absl::StrCat("--", flag))->count() == 0) *target = setting->second;
+    }
+    return absl::OkStatus();
   }
 
   absl::Status ReadGlobals() {
@@ -170,8 +195,22 @@ class Cli {
         "logs", "Show a job's log lines", [this] { return Logs(context_, job_, follow_); }, "  ppctl logs job-k3x9a2b7\n  ppctl logs -f job-k3x9a2b7")
         ->add_flag("-f,--follow", follow_, "Go on until the job ends");
     AddForJob(
-        "metrics", "Show a job's history: loss, learning rate, evaluation by step", [this] { return Metrics(context_, job_); },
-        "  ppctl metrics job-k3x9a2b7\n  ppctl metrics job-k3x9a2b7 -o json");
+        "metrics", "Show a job's history: loss, learning rate, evaluation by step",
+        [this] {
+          metrics_.job = job_;
+          return Metrics(context_, metrics_);
+        },
+        "  ppctl metrics job-k3x9a2b7\n  ppctl metrics job-k3x9a2b7 --plot\n  ppctl metrics job-k3x9a2b7 -o json")
+        ->add_flag("--plot", metrics_.plot, "Draw loss and eval_loss instead of the table");
+    CLI::App* trace = AddForJob(
+        "trace", "Record the next steps of a job as a Chrome trace: what each rank does when",
+        [this] {
+          trace_.job = job_;
+          return ctl::Trace(context_, trace_);
+        },
+        "  ppctl trace job-k3x9a2b7 --steps 3\n  ppctl trace job-k3x9a2b7 --steps 1 -o - | gzip > trace.json.gz");
+    trace->add_option("--steps", trace_.num_steps, "Optimizer steps")->check(CLI::Range(1, 100))->capture_default_str();
+    trace->add_option("-o,--out", trace_.file, "File to write; - is standard output")->capture_default_str();
     AddForJob(
         "cancel", "Stop a job and free its devices", [this] { return ctl::CancelJob(context_, job_); }, "  ppctl cancel job-k3x9a2b7");
     AddForJob(
@@ -226,6 +265,28 @@ class Cli {
         Group("workers", "Workers"), "list", "List workers, their devices and leases", [this] { return WorkersList(context_); }, "  ppctl workers list");
     Add(
         &app_, "status", "Show the coordinator's state", [this] { return ctl::Status(context_); }, "  ppctl status");
+    CLI::App* doctor = Add(
+        &app_, "doctor", "Look for trouble between here and the last device: each check ok, warn or fail, and what to do",
+        [this] { return ctl::Doctor(context_, doctor_); }, "  ppctl doctor\n  ppctl doctor --contents     # reads every byte of models and datasets");
+    doctor->add_flag("--contents", doctor_.contents, "Also read every byte of the models and datasets; takes long");
+    CLI::App* config = Group("config", "Named coordinators and how to talk to them, in ~/.config/ppctl/config.yaml");
+    config->preparse_callback([this](size_t) { needs_server_ = false; });
+    Add(
+        config, "list", "List the contexts", [this] { return ConfigList(context_); }, "  ppctl config list");
+    CLI::App* set = Add(
+        config, "set", "Make or change a context: server, tls_ca, tls_cert, tls_key, token_file, timeout, output",
+        [this] { return ConfigSet(context_, name_, settings_); },
+        "  ppctl config set lab server=lab:7070 tls_ca=ca.pem tls_cert=me.pem tls_key=me.key\n  ppctl config set lab timeout=        # back to the default");
+    set->add_option("NAME", name_, "Of the context")->required();
+    set->add_option("SETTINGS", settings_, "KEY=VALUE; without a value a setting is removed")->required();
+    Add(
+        config, "use", "Make a context the current one", [this] { return ConfigUse(context_, name_); }, "  ppctl config use lab")
+        ->add_option("NAME", name_, "Of the context")
+        ->required();
+    Add(
+        config, "delete", "Delete a context", [this] { return ConfigDelete(context_, name_); }, "  ppctl config delete lab")
+        ->add_option("NAME", name_, "Of the context")
+        ->required();
     Add(
         &app_, "completion", "Print a completion script",
         [this]() -> Result {
@@ -257,8 +318,11 @@ class Cli {
   ListOptions list_;
   ShowOptions show_;
   FetchOptions fetch_;
-  std::string job_, model_, folder_, shell_;
-  std::vector<std::string> files_;
+  MetricsOptions metrics_;
+  TraceOptions trace_;
+  DoctorOptions doctor_{false, PPFT_VERSION};
+  std::string job_, model_, folder_, shell_, name_;
+  std::vector<std::string> files_, settings_;
   bool follow_ = false;
 };
 

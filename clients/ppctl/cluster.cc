@@ -11,20 +11,29 @@ Result WorkersList(Context& context) {
   v1::ListWorkersResponse response;
   PPFT_RETURN_IF_ERROR(context.Call(context.cluster(), &v1::ClusterService::StubInterface::ListWorkers, v1::ListWorkersRequest(), &response));
   if (context.PrintMessage(response)) return kOk;
-  std::vector<std::vector<std::string>> rows = {{"NAME", "STATE", "DEVICES", "LEASED TO", "ADDRESS", "VERSION", "HEARTBEAT"}};
+  std::vector<std::vector<std::string>> rows = {{"NAME", "STATE", "DEVICES", "HARDWARE", "LEASED TO", "ADDRESS", "VERSION", "HEARTBEAT"}};
   for (const v1::Worker& worker : response.workers()) {
     if (context.format == Format::kName) context.out() << worker.name() << "\n";
-    std::vector<std::string> devices, leases;
-    for (const v1::Device& device : worker.devices()) devices.push_back(device.id());
+    std::vector<std::string> devices, leases, hardware;
+    for (const v1::Device& device : worker.devices()) {
+      devices.push_back(device.id());
+      const std::string details = HardwareText(device);
+      std::string text = absl::StrCat(device.name(), device.name().empty() || details.empty() ? "" : ", ", details);
+      if (hardware.empty() || hardware.back() != text) hardware.push_back(std::move(text));
+    }
     for (const v1::Lease& lease : worker.leases()) leases.push_back(absl::StrCat(lease.device(), "=", lease.job_id()));
-    rows.push_back({worker.name(), worker.state(), absl::StrJoin(devices, ","), leases.empty() ? "-" : absl::StrJoin(leases, ","), worker.address(),
-                    worker.version(), absl::StrCat(ShortDuration(ToDuration(worker.heartbeat_age())), " ago")});
+    rows.push_back({worker.name(), worker.state(), devices.empty() ? "-" : absl::StrJoin(devices, ","),
+                    hardware.empty() || hardware[0].empty() ? "-" : absl::StrJoin(hardware, " + "), leases.empty() ? "-" : absl::StrJoin(leases, ","),
+                    worker.address(), worker.version(), absl::StrCat(ShortDuration(ToDuration(worker.heartbeat_age())), " ago")});
   }
   if (context.format == Format::kTable) {
     if (response.workers().empty()) {
       context.err() << "no workers: start one with ppft-worker --coordinator " << context.server << " --devices cpu:1\n";
     } else {
       context.out() << FormatTable(rows);
+      for (const v1::Worker& worker : response.workers()) {
+        for (const std::string& problem : worker.problems()) context.out() << worker.name() << ": " << Printable(problem) << "\n";
+      }
     }
   }
   return kOk;

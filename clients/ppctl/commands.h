@@ -32,7 +32,11 @@ Result WatchJob(Context& context, const std::string& job);
 Result CancelJob(Context& context, const std::string& job);
 Result Events(Context& context, const std::string& job, bool follow);
 Result Logs(Context& context, const std::string& job, bool follow);
-Result Metrics(Context& context, const std::string& job);
+struct MetricsOptions {
+  std::string job;
+  bool plot = false;
+};
+Result Metrics(Context& context, const MetricsOptions& options);
 Result Checkpoints(Context& context, const std::string& job);
 
 struct ShowOptions {
@@ -58,6 +62,25 @@ struct FetchOptions {
   bool force = false;
 };
 Result Fetch(Context& context, const FetchOptions& options);
+
+struct TraceOptions {
+  std::string job;
+  std::string file = "trace.json";  // "-" writes standard output
+  int num_steps = 3;
+};
+Result Trace(Context& context, const TraceOptions& options);
+
+struct DoctorOptions {
+  bool contents = false;  // reads every byte of models and datasets
+  std::string version;    // ppctl's own
+};
+Result Doctor(Context& context, const DoctorOptions& options);
+
+// Contexts of the config file. No coordinator is asked.
+Result ConfigList(Context& context);
+Result ConfigSet(Context& context, const std::string& name, const std::vector<std::string>& assignments);
+Result ConfigUse(Context& context, const std::string& name);
+Result ConfigDelete(Context& context, const std::string& name);
 
 Result WorkersList(Context& context);
 Result Status(Context& context);

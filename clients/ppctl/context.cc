@@ -2,6 +2,7 @@
 
 #include <google/protobuf/util/json_util.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <random>
 
@@ -13,6 +14,7 @@
 #include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
 #include "clients/ppctl/format.h"
+#include "common/base/files.h"
 #include "common/base/status.h"
 #include "common/net/channel.h"
 #include "common/net/status.h"
@@ -59,6 +61,18 @@ void AppendYaml(const OrderedJson& value, const std::string& first, const std::s
   }
 }
 
+constexpr int64_t kMaxTokenBytes = 8192;
+
+// The first line of the file.
+absl::StatusOr<std::string> ReadToken(const std::string& path) {
+  const absl::StatusOr<std::string> text = ReadFile(path, kMaxTokenBytes);
+  if (!text.ok()) return absl::InvalidArgumentError(absl::StrCat("--token-file ", text.status().message()));
+  const std::string token(absl::StripAsciiWhitespace(text->substr(0, text->find('\n'))));
+  const bool good = !token.empty() && std::all_of(token.begin(), token.end(), [](char c) { return absl::ascii_isgraph(static_cast<unsigned char>(c)); });
+  if (!good) return absl::InvalidArgumentError(absl::StrCat("--token-file ", path, ": its first line must be the token, without blanks"));
+  return token;
+}
+
 }  // namespace
 
 int ExitCodeOf(const absl::Status& status) {
@@ -99,6 +113,13 @@ absl::Status Context::Connect() {
   }
   net::ChannelOptions options;
   PPFT_ASSIGN_OR_RETURN(options.credentials, net::LoadCredentials(tls, "--tls-"));
+  if (!token_file.empty()) {
+    PPFT_ASSIGN_OR_RETURN(options.token, ReadToken(token_file));
+  }
+  if (!options.token.empty() && options.credentials == nullptr && !ServerIsLoopback()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the token of ", token_file, " would travel to ", server, " unencrypted: give --tls-ca, --tls-cert and --tls-key"));
+  }
   channel_ = net::MakeChannel(server, options);
   jobs_ = v1::JobService::NewStub(channel_);
   datasets_ = v1::DatasetService::NewStub(channel_);
@@ -166,6 +187,24 @@ bool Context::PrintMessage(const google::protobuf::Message& message) {
     return true;
   }
   return false;
+}
+
+bool Context::PrintJson(const std::string& json) {
+  const OrderedJson value = OrderedJson::parse(json);
+  if (format == Format::kJson) {
+    out() << value.dump(1) << "\n";
+    return true;
+  }
+  if (format != Format::kYaml) return false;
+  std::string text;
+  AppendYaml(value, "", "", &text);
+  out() << text;
+  return true;
+}
+
+bool Context::ServerIsLoopback() const {
+  const absl::string_view host = absl::string_view(server).substr(0, server.rfind(':'));
+  return absl::StartsWith(host, "127.") || host == "localhost" || host == "[::1]";
 }
 
 std::string NewRequestId() {

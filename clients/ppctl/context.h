@@ -61,6 +61,8 @@ class Context {
 
   std::string server = "127.0.0.1:7070";
   net::TlsFiles tls;
+  std::string token_file;    // whose first line goes with every call; "": none
+  std::string context_name;  // of the config file; "": none was used
   absl::Duration timeout = absl::Seconds(30);
   bool timeout_given = false;
   Format format = Format::kTable;
@@ -69,7 +71,7 @@ class Context {
   std::ostream& err() { return *terminal_->err; }
   const Terminal& terminal() const { return *terminal_; }
 
-  // INVALID_ARGUMENT unless server is HOST:PORT. Call before the stubs are used.
+  // INVALID_ARGUMENT unless server is HOST:PORT, and for a token that would travel unencrypted. Call before the stubs are used.
   absl::Status Connect();
   v1::JobService::StubInterface* jobs() { return jobs_.get(); }
   v1::DatasetService::StubInterface* datasets() { return datasets_.get(); }
@@ -97,6 +99,10 @@ class Context {
 
   // -o json and -o yaml. False for the other formats.
   bool PrintMessage(const google::protobuf::Message& message);
+  // The same for data that is no message, given as JSON.
+  bool PrintJson(const std::string& json);
+
+  bool ServerIsLoopback() const;
 
  private:
   Terminal* const terminal_;

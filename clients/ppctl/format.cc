@@ -63,13 +63,18 @@ std::string ShortDuration(absl::Duration duration) {
 
 std::string FormatLoss(double value) { return absl::StrFormat("%.4g", value); }
 
-absl::Duration ToDuration(const google::protobuf::Duration& duration) { return absl::Seconds(duration.seconds()) + absl::Nanoseconds(duration.nanos()); }
-
-absl::Time ToTime(const google::protobuf::Timestamp& time) { return absl::FromUnixSeconds(time.seconds()) + absl::Nanoseconds(time.nanos()); }
-
 std::string FormatTime(const google::protobuf::Timestamp& time, absl::TimeZone zone) {
   if (time.seconds() == 0) return "-";
   return absl::FormatTime("%Y-%m-%d %H:%M:%S", ToTime(time), zone);
+}
+
+std::string HardwareText(const v1::Device& device) {
+  std::vector<std::string> parts;
+  if (device.threads() > 0) parts.push_back(absl::StrCat(device.threads(), device.threads() == 1 ? " thread" : " threads"));
+  if (device.memory_bytes() > 0) parts.push_back(absl::StrFormat("%.1f GiB", static_cast<double>(device.memory_bytes()) / (1 << 30)));
+  if (!device.compute_capability().empty()) parts.push_back(absl::StrCat("compute capability ", device.compute_capability()));
+  if (!device.driver().empty()) parts.push_back(absl::StrCat("driver ", device.driver()));
+  return absl::StrJoin(parts, ", ");
 }
 
 std::string StateWord(v1::JobState state) {

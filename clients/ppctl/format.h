@@ -6,8 +6,10 @@
 
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "common/base/proto_time.h"
 #include "google/protobuf/duration.pb.h"
 #include "google/protobuf/timestamp.pb.h"
+#include "ppft/v1/cluster.pb.h"
 #include "ppft/v1/dataset.pb.h"
 #include "ppft/v1/job.pb.h"
 
@@ -18,8 +20,9 @@ std::string FormatCount(double value);                                          
 std::string ShortDuration(absl::Duration duration);                                    // "42s", "5m07s", "2h03m", "3d04h"
 std::string FormatLoss(double value);                                                  // four significant digits
 std::string FormatTime(const google::protobuf::Timestamp& time, absl::TimeZone zone);  // "2026-11-23 10:00:00"
-absl::Duration ToDuration(const google::protobuf::Duration& duration);
-absl::Time ToTime(const google::protobuf::Timestamp& time);
+
+// "140.4 GiB, compute capability 9.0, driver 580.65" or "4 threads, 15.6 GiB".
+std::string HardwareText(const v1::Device& device);
 
 // "RUNNING", without the enum's prefix.
 std::string StateWord(v1::JobState state);

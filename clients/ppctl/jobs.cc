@@ -11,6 +11,7 @@
 #include "clients/ppctl/commands.h"
 #include "clients/ppctl/follow.h"
 #include "clients/ppctl/format.h"
+#include "clients/ppctl/plot.h"
 #include "common/base/status.h"
 #include "common/net/channel.h"
 #include "common/net/status.h"
@@ -18,6 +19,8 @@
 
 namespace ppft::ctl {
 namespace {
+
+constexpr size_t kPlotRows = 16;
 
 std::string Time(const google::protobuf::Timestamp& time) { return FormatTime(time, absl::LocalTimeZone()); }
 
@@ -217,8 +220,8 @@ Result Logs(Context& context, const std::string& id, bool follow) {
   });
 }
 
-Result Metrics(Context& context, const std::string& id) {
-  PPFT_ASSIGN_OR_RETURN(const v1::Job job, FindJob(context, id));
+Result Metrics(Context& context, const MetricsOptions& options) {
+  PPFT_ASSIGN_OR_RETURN(const v1::Job job, FindJob(context, options.job));
   v1::GetMetricsRequest request;
   request.set_job_id(job.id());
   request.set_after_step(-1);
@@ -232,6 +235,17 @@ Result Metrics(Context& context, const std::string& id) {
     request.set_after_step(page.rows(page.rows_size() - 1).step());
   }
   if (context.PrintMessage(all)) return kOk;
+  if (options.plot) {
+    std::vector<Curve> curves = {{"loss", {}}, {"eval_loss", {}}};
+    for (const v1::MetricRow& row : all.rows()) {
+      if (row.has_loss()) curves[0].points.push_back({static_cast<double>(row.step()), row.loss()});
+      if (row.has_eval_loss()) curves[1].points.push_back({static_cast<double>(row.step()), row.eval_loss()});
+    }
+    const std::string plot = Plot(curves, context.terminal().width, kPlotRows);
+    if (plot.empty()) context.err() << job.id() << " has no steps yet\n";
+    context.out() << plot;
+    return kOk;
+  }
   std::vector<std::vector<std::string>> rows = {{"STEP", "EPOCH", "LOSS", "EVAL_LOSS", "LEARNING_RATE", "GRAD_NORM", "TOKENS/S"}};
   for (const v1::MetricRow& row : all.rows()) {
     rows.push_back({absl::StrCat(row.step(), row.skipped() ? " skipped" : ""), absl::StrFormat("%.3f", row.epoch()), Optional(row.has_loss(), row.loss()),

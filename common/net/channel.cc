@@ -1,8 +1,12 @@
 #include "common/net/channel.h"
 
+#include <grpcpp/support/client_interceptor.h>
+
 #include <algorithm>
 #include <chrono>
 #include <random>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/files.h"
@@ -11,6 +15,30 @@ namespace ppft::net {
 namespace {
 
 constexpr int64_t kMaxPemBytes = 1 << 20;
+
+// Not gRPC's own call credentials: those refuse an unencrypted loopback.
+class TokenBearer : public grpc::experimental::Interceptor {
+ public:
+  explicit TokenBearer(const std::string& token) : value_(absl::StrCat("Bearer ", token)) {}
+  void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override {
+    if (methods->QueryInterceptionHookPoint(grpc::experimental::InterceptionHookPoints::PRE_SEND_INITIAL_METADATA)) {
+      methods->GetSendInitialMetadata()->insert({"authorization", value_});
+    }
+    methods->Proceed();
+  }
+
+ private:
+  const std::string value_;
+};
+
+class TokenBearerFactory : public grpc::experimental::ClientInterceptorFactoryInterface {
+ public:
+  explicit TokenBearerFactory(std::string token) : token_(std::move(token)) {}
+  grpc::experimental::Interceptor* CreateClientInterceptor(grpc::experimental::ClientRpcInfo*) override { return new TokenBearer(token_); }
+
+ private:
+  const std::string token_;
+};
 
 int Millis(absl::Duration d) { return static_cast<int>(absl::ToInt64Milliseconds(d)); }
 
@@ -45,7 +73,11 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, const Cha
   args.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   // Channels of one process to one address would share a connection and its backoff; each keeps its own.
   args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  return grpc::CreateCustomChannel(address, options.credentials != nullptr ? options.credentials : grpc::InsecureChannelCredentials(), args);
+  const std::shared_ptr<grpc::ChannelCredentials> credentials = options.credentials != nullptr ? options.credentials : grpc::InsecureChannelCredentials();
+  if (options.token.empty()) return grpc::CreateCustomChannel(address, credentials, args);
+  std::vector<std::unique_ptr<grpc::experimental::ClientInterceptorFactoryInterface>> interceptors;
+  interceptors.push_back(std::make_unique<TokenBearerFactory>(options.token));
+  return grpc::experimental::CreateCustomChannelWithInterceptors(address, credentials, args, std::move(interceptors));
 }
 
 void ApplyServerLimits(grpc::ServerBuilder* builder) {

@@ -29,6 +29,7 @@ absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> LoadCredentials(const 
 
 struct ChannelOptions {
   std::shared_ptr<grpc::ChannelCredentials> credentials;  // null: without encryption, for loopback
+  std::string token;                                      // goes with every call as "authorization: Bearer …"; "": none
   absl::Duration keepalive_time = absl::Seconds(20);
   absl::Duration keepalive_timeout = absl::Seconds(10);
   absl::Duration min_backoff = absl::Milliseconds(200);  // between attempts to connect

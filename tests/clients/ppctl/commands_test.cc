@@ -62,7 +62,8 @@ TEST_F(CommandsTest, UsageErrors) {
 TEST_F(CommandsTest, HelpHasExamplesForEachCommand) {
   std::ostringstream out, err;
   Terminal terminal{&out, &err};
-  for (const char* command : {"submit", "validate", "plan", "list", "get", "watch", "events", "logs", "metrics", "cancel", "checkpoints", "fetch", "status"}) {
+  for (const char* command :
+       {"submit", "validate", "plan", "list", "get", "watch", "events", "logs", "metrics", "cancel", "checkpoints", "fetch", "status", "trace", "doctor"}) {
     out.str("");
     EXPECT_EQ(ctl::Run({command, "--help"}, &terminal), 0);
     EXPECT_THAT(out.str(), HasSubstr("Examples:")) << command;

@@ -12,6 +12,15 @@
 
 namespace ppft::ctl {
 
+FakeCoordinator::FakeCoordinator() {
+  status.set_version("1.2.3");
+  v1::Worker& worker = workers.emplace_back();
+  worker.set_name("worker-0");
+  worker.set_state("ready");
+  worker.add_devices()->set_id("cpu:0");
+  Start(0);
+}
+
 void FakeCoordinator::Start(int port) {
   grpc::ServerBuilder builder;
   net::ApplyServerLimits(&builder);
@@ -245,18 +254,38 @@ grpc::Status FakeCoordinator::GetModel(grpc::ServerContext*, const v1::GetModelR
   return grpc::Status::OK;
 }
 
-grpc::Status FakeCoordinator::GetStatus(grpc::ServerContext*, const v1::GetStatusRequest*, v1::GetStatusResponse* response) {
+grpc::Status FakeCoordinator::GetStatus(grpc::ServerContext* context, const v1::GetStatusRequest*, v1::GetStatusResponse* response) {
+  const auto shown = context->client_metadata().find("authorization");
+  authorization = shown == context->client_metadata().end() ? "" : std::string(shown->second.data(), shown->second.size());
   FAKE_ENTER("GetStatus");
-  response->set_version("1.2.3");
+  *response = status;
+  return grpc::Status::OK;
+}
+
+grpc::Status FakeCoordinator::TraceJob(grpc::ServerContext*, const v1::TraceJobRequest* request, grpc::ServerWriter<v1::TraceJobResponse>* writer) {
+  FAKE_ENTER("TraceJob");
+  traced = *request;
+  for (const v1::TraceJobResponse& part : trace) writer->Write(part);
+  return grpc::Status::OK;
+}
+
+grpc::Status FakeCoordinator::GetMetrics(grpc::ServerContext*, const v1::GetMetricsRequest* request, v1::GetMetricsResponse* response) {
+  FAKE_ENTER("GetMetrics");
+  for (const v1::MetricRow& row : rows) {
+    if (row.step() > request->after_step()) *response->add_rows() = row;
+  }
+  return grpc::Status::OK;
+}
+
+grpc::Status FakeCoordinator::CheckFiles(grpc::ServerContext*, const v1::CheckFilesRequest*, v1::CheckFilesResponse* response) {
+  FAKE_ENTER("CheckFiles");
+  *response = files;
   return grpc::Status::OK;
 }
 
 grpc::Status FakeCoordinator::ListWorkers(grpc::ServerContext*, const v1::ListWorkersRequest*, v1::ListWorkersResponse* response) {
   FAKE_ENTER("ListWorkers");
-  v1::Worker* worker = response->add_workers();
-  worker->set_name("worker-0");
-  worker->set_state("ready");
-  worker->add_devices()->set_id("cpu:0");
+  for (const v1::Worker& worker : workers) *response->add_workers() = worker;
   return grpc::Status::OK;
 }
 

@@ -29,7 +29,7 @@ class FakeCoordinator : public v1::JobService::Service,
                         public v1::ClusterService::Service,
                         public v1::BlobService::Service {
  public:
-  FakeCoordinator() { Start(0); }
+  FakeCoordinator();
   ~FakeCoordinator() override { Stop(); }
 
   // Again on the same port, as after a crash.
@@ -66,6 +66,13 @@ class FakeCoordinator : public v1::JobService::Service,
   std::map<std::string, std::string> contents;  // what Download serves, by sha256
   std::vector<int64_t> download_offsets;
   int64_t cut_download_after = -1;
+  std::vector<v1::TraceJobResponse> trace;
+  v1::TraceJobRequest traced;
+  v1::GetStatusResponse status;
+  std::vector<v1::Worker> workers;
+  v1::CheckFilesResponse files;
+  std::vector<v1::MetricRow> rows;
+  std::string authorization;  // of the last GetStatus
 
   grpc::Status ValidateJob(grpc::ServerContext*, const v1::ValidateJobRequest* request, v1::ValidateJobResponse* response) override;
   grpc::Status PlanJob(grpc::ServerContext*, const v1::PlanJobRequest* request, v1::PlanJobResponse* response) override;
@@ -85,7 +92,10 @@ class FakeCoordinator : public v1::JobService::Service,
   grpc::Status RegisterModel(grpc::ServerContext*, const v1::RegisterModelRequest* request, v1::Model* response) override;
   grpc::Status ListModels(grpc::ServerContext*, const v1::ListModelsRequest* request, v1::ListModelsResponse* response) override;
   grpc::Status GetModel(grpc::ServerContext*, const v1::GetModelRequest* request, v1::Model* response) override;
-  grpc::Status GetStatus(grpc::ServerContext*, const v1::GetStatusRequest* request, v1::GetStatusResponse* response) override;
+  grpc::Status TraceJob(grpc::ServerContext*, const v1::TraceJobRequest* request, grpc::ServerWriter<v1::TraceJobResponse>* writer) override;
+  grpc::Status GetMetrics(grpc::ServerContext*, const v1::GetMetricsRequest* request, v1::GetMetricsResponse* response) override;
+  grpc::Status CheckFiles(grpc::ServerContext*, const v1::CheckFilesRequest* request, v1::CheckFilesResponse* response) override;
+  grpc::Status GetStatus(grpc::ServerContext* context, const v1::GetStatusRequest* request, v1::GetStatusResponse* response) override;
   grpc::Status ListWorkers(grpc::ServerContext*, const v1::ListWorkersRequest* request, v1::ListWorkersResponse* response) override;
 
  private:
