@@ -102,29 +102,37 @@ LayerColumns ColumnsOf(const ModelConfig& config, const Linears& linears, Activa
   return columns;
 }
 
+// Rows of the buffers that all layers of a stage share. On a GPU those that are never in use at once have one buffer together:
+// worker/trainer/model/activations.cc.
 int64_t ScratchBytes(const ModelConfig& config, const Linears& linears, const StageShape& stage, const StageMemoryOptions& options) {
-  const int64_t hidden = config.hidden_size;
-  int64_t columns = hidden + std::max(linears.qkv.lora_columns, linears.gate_up.lora_columns);  // normed input
-  columns += config.intermediate_size + linears.down.lora_columns;                              // SwiGLU's output
-  columns += hidden;                                                                            // a block's output
-  int64_t gradient = 0, dropped = 0;
+  const int64_t tokens = options.tokens, hidden = config.hidden_size;
+  const int64_t head_rows = stage.has_head ? options.targets : 0;
+  int64_t widest = 0, dropped = 0;
   for (const Linear* linear : linears.all()) {
-    gradient = std::max(gradient, linear->in + linear->lora_columns);
-    if (linear->lora_columns > 0) dropped = std::max(dropped, linear->in);
+    widest = std::max(widest, linear->in + linear->lora_columns);
+    if (linear->lora_columns > 0 && options.dropout) dropped = std::max(dropped, linear->in);
   }
-  columns += gradient + (options.dropout ? dropped : 0);
-  columns += RowSize(config) + linears.qkv.a_rows();  // gradient of q k v
-  if (options.cuda) columns += RowSize(config);       // and of its parts, which attention wants apart there
+  const int64_t normed = hidden + std::max(linears.qkv.lora_columns, linears.gate_up.lora_columns);
+  const int64_t gated = config.intermediate_size + linears.down.lora_columns;
+  const int64_t qkv = RowSize(config) + linears.qkv.a_rows();
+  const int64_t logits = std::min(head_rows, options.head_rows) * config.vocab_size;
   // The gradient of the residual stream, where nobody takes it away or it is wider than what goes on.
   const int64_t wider = std::max(linears.o.a_rows(), linears.down.a_rows());
-  if (stage.has_embedding || wider > 0 || IsCaptured(options)) columns += hidden + wider;
-  int64_t elements = options.tokens * columns;
-  if (stage.has_head) elements += 3 * options.targets * hidden + std::min(options.targets, options.head_rows) * config.vocab_size;
+  const int64_t residual = stage.has_embedding || wider > 0 || IsCaptured(options) ? hidden + wider : 0;
+  int64_t elements = 0;
+  if (options.cuda) {
+    // Attention's gradients by parts lie beside the gradient of its output.
+    const int64_t parts = linears.o.in + linears.o.lora_columns + RowSize(config);
+    elements = std::max(tokens * std::max({normed, gated, widest, parts}), logits) + tokens * (std::max(hidden, qkv) + dropped) +
+               std::max(tokens * residual, head_rows * hidden);
+  } else {
+    elements = tokens * (normed + gated + hidden + widest + dropped + qkv + residual) + 3 * head_rows * hidden + logits;
+  }
   return elements * options.compute_bytes;
 }
 
 // cuDNN's backward has a workspace of three fp32 values per query element (sums of dq, and dk and dv for every query head). It rounds the tokens up so that
-// few plans serve all micro-batches.
+// few plans serve all micro-batches. The gradient of gate and up, done with by then, is room for it where it suffices.
 int64_t CudaAttentionBytes(const ModelConfig& config, const StageMemoryOptions& options) {
   const int64_t tokens = options.tokens;
   if (options.compute_bytes == kAccBytes) {
@@ -134,7 +142,9 @@ int64_t CudaAttentionBytes(const ModelConfig& config, const StageMemoryOptions& 
   }
   const int64_t step = std::max<int64_t>(1024, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(1, tokens)))) / 8);
   const int64_t rounded = (tokens + step - 1) / step * step;
-  return rounded * kAccBytes * (3 * config.query_size() + config.num_attention_heads) * (IsCaptured(options) ? 2 : 1);
+  const int64_t workspace = rounded * kAccBytes * (3 * config.query_size() + config.num_attention_heads);
+  if (workspace <= tokens * 2 * config.intermediate_size * options.compute_bytes) return 0;
+  return workspace * (IsCaptured(options) ? 2 : 1);
 }
 
 int64_t CpuTemporaryBytes(const ModelConfig& config, const Linears& linears, const StageShape& stage, const StageMemoryOptions& options) {

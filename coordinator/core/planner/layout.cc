@@ -151,10 +151,11 @@ model::StageMemoryOptions MemoryOptionsOf(const v1::JobSpec& spec, const model::
   const bool full = options.cuda || spec.data().sample_packing();
   options.tokens = spec.training().micro_batch_size() * (full ? SequenceLength(spec, config) : options.longest_document);
   options.targets = options.tokens;
-  options.head_rows = options.cuda ? model::kCudaHeadRows : model::kCpuHeadRows;
   options.dropout = spec.adapter().lora_dropout() > 0;
   options.evaluates = spec.data().val_set_size() > 0 || spec.data().test_datasets_size() > 0;
   options.checkpointing = CheckpointingOf(spec);
+  const bool sparing = options.checkpointing == model::ActivationCheckpointing::kFull;
+  options.head_rows = !options.cuda ? model::kCpuHeadRows : sparing ? model::kCudaSmallHeadRows : model::kCudaHeadRows;
   options.zero_stage = spec.parallel().zero_stage();
   options.replicas = DataParallelSize(spec);
   return options;

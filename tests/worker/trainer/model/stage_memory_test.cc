@@ -14,6 +14,7 @@
 #include <mutex>
 #include <thread>
 
+#include "common/model/memory.h"
 #include "worker/trainer/model/stage_model.h"
 
 namespace ppft::trainer {
@@ -119,6 +120,70 @@ TEST(Checkpointing, RecomputesTheSameBitsInLessMemory) {
     EXPECT_GT(none.gradients.abs().max().item<double>(), 0);
     EXPECT_LT(kept[Checkpointing::kSelective], 0.75 * kept[Checkpointing::kNone]);
     EXPECT_LT(kept[Checkpointing::kFull], 0.2 * kept[Checkpointing::kNone]);
+  }
+}
+
+// The planner's accounting is what a stage holds, to the byte.
+model::StageMemory Predicted(const StageOptions& options, int64_t tokens, int64_t targets, bool evaluates) {
+  model::StageMemoryOptions memory;
+  memory.compute_bytes = static_cast<int64_t>(at::elementSize(options.compute));
+  memory.tokens = tokens;
+  memory.targets = targets;
+  memory.head_rows = options.head_chunk_rows;
+  memory.dropout = options.lora.dropout > 0;
+  memory.evaluates = evaluates;
+  memory.checkpointing = *model::ParseActivationCheckpointing(options.checkpointing == Checkpointing::kNone        ? "none"
+                                                              : options.checkpointing == Checkpointing::kSelective ? "selective"
+                                                                                                                   : "full");
+  memory.zero_stage = options.weights == WeightHome::kSharded ? 3 : 0;
+  memory.replicas = options.num_replicas;
+  return model::MemoryOfStage(Config(), {options.lora.r, options.lora.target_modules}, {options.num_layers, options.has_embedding, options.has_head}, memory);
+}
+
+TEST(Accounting, EqualsWhatAStageHolds) {
+  struct Ends {
+    int first_layer, num_layers;
+    bool embedding, head;
+  };
+  const std::vector<std::vector<std::string>> targets = {Whole(at::kFloat).lora.target_modules, {"q_proj", "v_proj"}, {"down_proj"}};
+  for (const at::ScalarType compute : {at::kFloat, at::kBFloat16}) {
+    for (const Checkpointing mode : {Checkpointing::kNone, Checkpointing::kSelective, Checkpointing::kFull}) {
+      for (const Ends& ends : {Ends{0, 5, true, true}, Ends{0, 2, true, false}, Ends{2, 2, false, false}, Ends{4, 1, false, true}}) {
+        for (const auto& modules : targets) {
+          StageOptions options = Whole(compute);
+          options.checkpointing = mode;
+          options.first_layer = ends.first_layer;
+          options.num_layers = ends.num_layers;
+          options.has_embedding = ends.embedding;
+          options.has_head = ends.head;
+          options.lora.target_modules = modules;
+          options.lora.dropout = modules.size() == 2 ? 0 : 0.25;
+          options.head_chunk_rows = 4;
+          const auto stage = Make(options);
+          const int64_t tokens = 13, rows = 6;
+          const at::Tensor hidden = at::randn({tokens, 24}).to(compute);
+          const at::Tensor none;
+          MicrobatchInput inputs[2] = {Input(2), Input(2)};
+          inputs[1].microbatch = 3;
+          double loss = 0;
+          for (const MicrobatchInput& input : inputs) ASSERT_TRUE(stage->Forward(input, ends.embedding ? none : hidden, true, &loss).ok());
+          const int64_t in_flight = stage->activation_bytes();
+          for (const MicrobatchInput& input : inputs) ASSERT_TRUE(stage->Backward(input, ends.head ? none : hidden).ok());
+          const model::StageMemory predicted = Predicted(options, tokens, rows, /*evaluates=*/false);
+          const HeldBytes held = stage->held_bytes();
+          EXPECT_EQ(held.weights, predicted.weights);
+          EXPECT_EQ(held.masters, predicted.masters);
+          EXPECT_EQ(held.gradients, predicted.gradients);
+          EXPECT_EQ(in_flight, 2 * predicted.kept);
+          EXPECT_EQ(held.activations, 2 * predicted.kept + predicted.transient);
+          EXPECT_EQ(held.scratch, predicted.scratch) << static_cast<int>(mode) << " " << ends.first_layer << " " << modules.size();
+          // A pass without a backward takes one layer's room and no more.
+          ASSERT_TRUE(stage->Forward(inputs[0], ends.embedding ? none : hidden, false, &loss).ok());
+          const model::StageMemory evaluated = Predicted(options, tokens, rows, /*evaluates=*/true);
+          EXPECT_EQ(stage->held_bytes().activations, 2 * evaluated.kept + evaluated.transient);
+        }
+      }
+    }
   }
 }
 
@@ -229,6 +294,11 @@ Replicas TrainReplicas(const StageOptions& base, bool shard_gradients, const std
     options.replica = i;
     stages.push_back(Make(options));
   }
+  // The threads would disturb each other's random numbers.
+  std::vector<std::vector<MicrobatchInput>> all_inputs(microbatches.size());
+  for (size_t i = 0; i < microbatches.size(); ++i) {
+    for (const int m : microbatches[i]) all_inputs[i].push_back(Input(m));
+  }
   std::vector<std::thread> threads;
   for (int i = 0; i < n; ++i) {
     threads.emplace_back([&, i] {
@@ -243,8 +313,7 @@ Replicas TrainReplicas(const StageOptions& base, bool shard_gradients, const std
         for (int k = 0; k <= n; ++k) bounds.push_back(size * k / n);
         EXPECT_TRUE(stage.ShardGradients(&exchange, bounds).ok());
       }
-      std::vector<MicrobatchInput> inputs;
-      for (const int m : microbatches[me]) inputs.push_back(Input(m));
+      const std::vector<MicrobatchInput>& inputs = all_inputs[me];
       Result& result = all.results[me];
       for (size_t round = 0; round < rounds; ++round) {
         if (round < inputs.size()) {
@@ -313,6 +382,7 @@ TEST(Replicas, HalfOfTheLayersAndTwoBuffersIsWhatIsHeld) {
   const int64_t part = 2704;  // half of that, up to a multiple of 8
   EXPECT_EQ(layer, 5400);
   EXPECT_EQ(resident.weights - sharded.weights, 2 * (5 * layer - (5 * part + 2 * 2 * part)));
+  EXPECT_EQ(sharded.weights, Predicted(options, 13, 6, false).weights);
 }
 
 }  // namespace
