@@ -38,6 +38,12 @@ absl::StatusOr<int> PageRows(int32_t page_size) {
   return page_size == 0 ? kDefaultPageRows : page_size;
 }
 
+// Of a file that was just uploaded. On the controller's thread, where files that nothing names go.
+absl::Status PutUploadedRow(JobStore& store, const BlobStore& blobs, const v1::FileRef& file) {
+  if (!blobs.Touch(file.sha256())) return absl::AbortedError("the file has gone since it was found here: send it again");
+  return store.PutBlob({file.sha256(), file.size_bytes(), absl::Now()});
+}
+
 absl::Status PutBlobRow(JobStore& store, const v1::FileRef& file) { return store.PutBlob({file.sha256(), file.size_bytes(), absl::Now()}); }
 
 absl::Status CheckDatasetName(const std::string& name) {
@@ -105,7 +111,7 @@ grpc::Status BlobServiceImpl::UploadBlob(grpc::ServerContext* context, grpc::Ser
   v1::FileRef file;
   file.set_sha256(header.sha256());
   file.set_size_bytes(header.size_bytes());
-  status = controller_->Run([file](JobStore& store) { return PutBlobRow(store, file); });
+  status = controller_->Run([this, file](JobStore& store) { return PutUploadedRow(store, *blobs_, file); });
   response->set_sha256(header.sha256());
   response->set_size_bytes(header.size_bytes());
   return Reply(status);
@@ -361,7 +367,7 @@ grpc::Status WorkerFilesImpl::PutFile(grpc::ServerContext* context, grpc::Server
     PPFT_RETURN_IF_ERROR(received);
     // Given up meanwhile: the bytes lie there by their content, and nothing will ever name them for this epoch.
     PPFT_RETURN_IF_ERROR(controller_->CheckEpoch(header.rank()));
-    return controller_->Run([&](JobStore& store) { return PutBlobRow(store, header.file()); });
+    return controller_->Run([&](JobStore& store) { return PutUploadedRow(store, *blobs_, header.file()); });
   };
   const absl::Status status = put();
   if (absl::IsResourceExhausted(status)) {
