@@ -117,7 +117,11 @@ class CudaRuntimeImpl final : public CudaRuntime {
     return *comms;
   }
 
-  void SetDeterministic(bool deterministic) override { at::globalContext().setDeterministicAlgorithms(deterministic, /*warn_only=*/true); }
+  // Not with warnings only: flash attention's backward pass would then keep its faster way, whose sums differ from run to run.
+  void SetDeterministic(bool deterministic) override {
+    at::globalContext().setDeterministicAlgorithms(deterministic, /*warn_only=*/false);
+    at::globalContext().setDeterministicFillUninitializedMemory(false);
+  }
 
   CudaMemory Memory(int device) override {
     const auto stats = allocator::getDeviceStats(static_cast<c10::DeviceIndex>(device));

@@ -16,48 +16,55 @@
 namespace ppft::trainer {
 
 absl::StatusOr<std::unique_ptr<AdapterState>> DeviceAdapterState::Create(const AdamWOptions& options, int zero_stage, std::vector<StageModel*> stages,
-                                                                         CudaRuntime* cuda, const DeviceReplicas& replicas) {
+                                                                         CudaRuntime* cuda, const DeviceReplicas& replicas, ReplicaExchange* exchange) {
   return CatchTorch("adapter", [&]() -> absl::StatusOr<std::unique_ptr<AdapterState>> {
-    return absl::WrapUnique<AdapterState>(new DeviceAdapterState(options, zero_stage, std::move(stages), cuda, replicas));
+    auto state = absl::WrapUnique(new DeviceAdapterState(options, zero_stage, std::move(stages), replicas));
+    for (StageModel* stage : state->stages_) PPFT_RETURN_IF_ERROR(state->AddPart(stage, cuda, exchange));
+    return std::unique_ptr<AdapterState>(std::move(state));
   });
 }
 
-DeviceAdapterState::DeviceAdapterState(const AdamWOptions& options, int zero_stage, std::vector<StageModel*> stages, CudaRuntime* cuda,
-                                       const DeviceReplicas& replicas)
-    : AdapterState(std::move(stages)), options_(options), sharded_(zero_stage > 0 && replicas.size > 1), replicas_(replicas) {
-  for (StageModel* stage : stages_) {
-    FlatParameters flat = stage->flat_parameters();
-    Part part;
-    part.stage = stage;
-    part.master = flat.master;
-    part.gradient = flat.gradient;
-    part.spans = flat.spans;
-    const int64_t size = flat.master.numel();
-    for (int i = 0; i <= replicas.size; ++i) part.bounds.push_back(size * i / replicas.size);
-    if (sharded_) {
-      flat.begin = part.bounds[static_cast<size_t>(replicas.index)];
-      flat.end = part.bounds[static_cast<size_t>(replicas.index) + 1];
-    }
-    part.optimizer = cuda->MakeOptimizer(std::move(flat));
-    parts_.push_back(std::move(part));
+DeviceAdapterState::DeviceAdapterState(const AdamWOptions& options, int zero_stage, std::vector<StageModel*> stages, const DeviceReplicas& replicas)
+    : AdapterState(std::move(stages)),
+      options_(options),
+      sharded_(zero_stage > 0 && replicas.comm != nullptr),
+      gradients_sharded_(sharded_ && zero_stage >= 2),
+      replicas_(replicas) {}
+
+absl::Status DeviceAdapterState::AddPart(StageModel* stage, CudaRuntime* cuda, ReplicaExchange* exchange) {
+  int64_t size = 0;
+  for (const Parameter& parameter : stage->parameters()) size += parameter.master.numel();
+  Part part;
+  part.stage = stage;
+  for (int i = 0; i <= replicas_.size; ++i) part.bounds.push_back(size * i / replicas_.size);
+  if (gradients_sharded_) PPFT_RETURN_IF_ERROR(stage->ShardGradients(exchange, part.bounds));
+  FlatParameters flat = stage->flat_parameters();
+  if (gradients_sharded_) flat.gradient = stage->gradient_shard();
+  if (sharded_) {
+    flat.begin = begin(part);
+    flat.end = part.bounds[static_cast<size_t>(replicas_.index) + 1];
   }
+  part.master = flat.master;
+  part.gradient = flat.gradient;
+  part.spans = flat.spans;
+  part.optimizer = cuda->MakeOptimizer(std::move(flat));
+  parts_.push_back(std::move(part));
+  return absl::OkStatus();
+}
+
+int64_t DeviceAdapterState::moment_bytes() const {
+  int64_t bytes = 0;
+  for (const Part& part : parts_) bytes += 2 * static_cast<int64_t>(part.optimizer->exp_avg().nbytes());
+  return bytes;
 }
 
 absl::Status DeviceAdapterState::ReduceGradients() {
-  if (replicas_.size == 1) return absl::OkStatus();
+  if (replicas_.comm == nullptr || gradients_sharded_) return absl::OkStatus();
   return CatchTorch("gradients", [&]() -> absl::Status {
     for (const Part& part : parts_) {
       float* const values = part.gradient.data_ptr<float>();
-      if (!sharded_) {
-        replicas_.comm->WaitOnStream(replicas_.comm->AllReduceSum(values, part.gradient.numel()));
-        continue;
-      }
-      replicas_.comm->WaitOnStream(replicas_.comm->ReduceScatter(values, part.bounds));
-      // What the others own counts there.
-      const int64_t begin = part.bounds[static_cast<size_t>(replicas_.index)];
-      const int64_t end = part.bounds[static_cast<size_t>(replicas_.index) + 1];
-      part.gradient.narrow(0, 0, begin).zero_();
-      part.gradient.narrow(0, end, part.gradient.numel() - end).zero_();
+      const uint64_t operation = sharded_ ? replicas_.comm->ReduceScatter(values, part.bounds) : replicas_.comm->AllReduceSum(values, part.gradient.numel());
+      replicas_.comm->WaitOnStream(operation);
     }
     return absl::OkStatus();
   });
@@ -111,7 +118,7 @@ absl::StatusOr<std::vector<NamedTensor>> DeviceAdapterState::CheckpointTensors()
         at::Tensor values = moments;
         if (sharded_) {
           values = at::zeros_like(part.master);
-          values.narrow(0, part.bounds[static_cast<size_t>(replicas_.index)], moments.numel()).copy_(moments);
+          values.narrow(0, begin(part), moments.numel()).copy_(moments);
           Gather(part, values);
         }
         whole->push_back(values);
@@ -168,10 +175,9 @@ void DeviceAdapterState::SetMoments(const std::vector<float>& exp_avg, const std
   const std::vector<at::Tensor> first = FromHost(exp_avg);
   const std::vector<at::Tensor> second = FromHost(exp_avg_sq);
   for (size_t i = 0; i < parts_.size(); ++i) {
-    const int64_t begin = sharded_ ? parts_[i].bounds[static_cast<size_t>(replicas_.index)] : 0;
     const at::Tensor moments = parts_[i].optimizer->exp_avg();
-    moments.copy_(first[i].narrow(0, begin, moments.numel()));
-    parts_[i].optimizer->exp_avg_sq().copy_(second[i].narrow(0, begin, moments.numel()));
+    moments.copy_(first[i].narrow(0, begin(parts_[i]), moments.numel()));
+    parts_[i].optimizer->exp_avg_sq().copy_(second[i].narrow(0, begin(parts_[i]), moments.numel()));
   }
 }
 

@@ -22,9 +22,9 @@ struct DeviceReplicas {
 
 class DeviceAdapterState final : public AdapterState {
  public:
-  // `stages` ascending; they and `cuda` outlive this object.
+  // `stages` ascending, `exchange` of the replicas for sums during backward (zero_stage 2 and 3); all outlive this object, and so does `cuda`.
   static absl::StatusOr<std::unique_ptr<AdapterState>> Create(const AdamWOptions& options, int zero_stage, std::vector<StageModel*> stages, CudaRuntime* cuda,
-                                                              const DeviceReplicas& replicas);
+                                                              const DeviceReplicas& replicas, ReplicaExchange* exchange);
 
   absl::Status ReduceGradients() override;
   absl::StatusOr<std::vector<double>> Sums(const at::Tensor& loss_total) override;
@@ -32,19 +32,23 @@ class DeviceAdapterState final : public AdapterState {
   absl::StatusOr<std::vector<NamedTensor>> CheckpointTensors() override;
   std::vector<float> CopyMasters() const override;
   void SetMasters(const std::vector<float>& values) override;
+  int64_t moment_bytes() const override;
 
  private:
   // The flat buffers of one stage.
   struct Part {
     StageModel* stage = nullptr;
     at::Tensor master;            // [n] fp32
-    at::Tensor gradient;          // [n] fp32
+    at::Tensor gradient;          // [n] fp32; this rank's part alone when the stage shares out its gradients
     std::vector<FlatSpan> spans;  // by parameter
     std::vector<int64_t> bounds;  // [replicas + 1]: who updates what
     std::unique_ptr<DeviceOptimizer> optimizer;
   };
 
-  DeviceAdapterState(const AdamWOptions& options, int zero_stage, std::vector<StageModel*> stages, CudaRuntime* cuda, const DeviceReplicas& replicas);
+  DeviceAdapterState(const AdamWOptions& options, int zero_stage, std::vector<StageModel*> stages, const DeviceReplicas& replicas);
+
+  absl::Status AddPart(StageModel* stage, CudaRuntime* cuda, ReplicaExchange* exchange);
+  int64_t begin(const Part& part) const { return sharded_ ? part.bounds[static_cast<size_t>(replicas_.index)] : 0; }
 
   void SetMoments(const std::vector<float>& exp_avg, const std::vector<float>& exp_avg_sq) override;
   void Gather(const Part& part, const at::Tensor& values);
@@ -54,6 +58,7 @@ class DeviceAdapterState final : public AdapterState {
 
   const AdamWOptions options_;
   const bool sharded_;
+  const bool gradients_sharded_;
   const DeviceReplicas replicas_;
   std::vector<Part> parts_;
 };

@@ -56,14 +56,19 @@ std::string Trainer::ParameterName(size_t index) const {
   return model::PeftKey(static_cast<int64_t>(index / parameters_per_layer()), modules[index / 2 % modules.size()], index % 2 == 0 ? "lora_A" : "lora_B");
 }
 
+absl::Status Trainer::WithCause(const absl::Status& status) const {
+  if (absl::IsInternal(status)) PPFT_RETURN_IF_ERROR(TransportStatus());
+  return status;
+}
+
 absl::Status Trainer::Run() {
   const c10::InferenceMode guard;
   if (cuda_ != nullptr) activity_.UseDevice(cuda_->MakeTimer());
   activity_.Enter(Section::kStarting);
   StartStats();
   reporter_->Ready();
-  PPFT_RETURN_IF_ERROR(Train());
-  PPFT_RETURN_IF_ERROR(Export());
+  PPFT_RETURN_IF_ERROR(WithCause(Train()));
+  PPFT_RETURN_IF_ERROR(WithCause(Export()));
   activity_.Enter(Section::kReduce);
   PPFT_RETURN_IF_ERROR(world_->Barrier());
   stats_.reset();

@@ -97,6 +97,8 @@ class Trainer {
   absl::StatusOr<double> EvaluationLoss();
   // The last stage's, zero at first; undefined on other ranks.
   at::Tensor LossTotal() const;
+  // What an aborted communicator throws, replaced by why it was aborted.
+  absl::Status WithCause(const absl::Status& status) const;
   absl::Status TransportStatus() const { return transport_ == nullptr ? absl::OkStatus() : transport_->status(); }
   absl::Status WriteCheckpoint(bool best, const std::optional<double>& eval_loss);
 

@@ -78,6 +78,7 @@ absl::Status Trainer::Export() {
   std::string adapter_path, merged_path;
   PPFT_RETURN_IF_ERROR(WriteArtifacts(&written, &adapter_path, &merged_path));
   if (config_.verify) PPFT_RETURN_IF_ERROR(Verify(adapter_path, merged_path, &written.verifications));
+  PPFT_RETURN_IF_ERROR(TransportStatus());
   reporter_->Exported(written);
   return absl::OkStatus();
 }

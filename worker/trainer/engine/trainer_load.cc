@@ -246,7 +246,7 @@ void Trainer::LogHeldBytes() {
 absl::Status Trainer::LoadAdapterState() {
   activity_.Enter(Section::kLoading);
   if (cuda_ != nullptr) {
-    PPFT_ASSIGN_OR_RETURN(adapter_, DeviceAdapterState::Create(config_.optimizer, plan().zero_stage, Stages(), cuda_, device_replicas_));
+    PPFT_ASSIGN_OR_RETURN(adapter_, DeviceAdapterState::Create(config_.optimizer, plan().zero_stage, Stages(), cuda_, device_replicas_, exchange_.get()));
   } else {
     PPFT_ASSIGN_OR_RETURN(adapter_, HostAdapterState::Create(config_.optimizer, plan().zero_stage, Stages(), replicas_.get(), exchange_.get()));
   }

@@ -25,7 +25,7 @@ struct ComputeCopy {
 
 struct FlatParameters {
   at::Tensor master;    // [n] fp32
-  at::Tensor gradient;  // [n] fp32
+  at::Tensor gradient;  // [n] fp32, or of the shard alone: [end - begin]
   std::vector<FlatSpan> spans;
   std::vector<ComputeCopy> copies;
   // A ZeRO shard: the elements [begin, end) are updated, moments exist for these alone.
@@ -42,8 +42,8 @@ class DeviceOptimizer {
   virtual void Step(const AdamWOptions& options, int64_t update, double learning_rate, double gradient_factor) = 0;
   // All compute copies from the masters (after a load, or when other shards came in).
   virtual void WriteCopies() = 0;
-  // [spans] fp64 on the device: the sum of squares of each parameter's gradient, in an order that depends on its size alone. Not finite exactly when one of the
-  // values is not. The same tensor in each call.
+  // [spans] fp64 on the device: the sum of squares of each parameter's gradient as far as it is in the shard, in an order that depends on the size of that part
+  // alone. Not finite exactly when one of the values is not. The same tensor in each call.
   virtual at::Tensor GradientSquares() = 0;
 
   // [end - begin] fp32, zero at first.

@@ -31,6 +31,7 @@ struct Wire {
   std::deque<std::vector<char>> messages;
   int members = 0;
   std::vector<std::string> log;  // "receive", "wait" of the receiving end, in order
+  std::string error;             // what the communicator says of itself
 };
 
 class FakeComm : public DeviceComm {
@@ -66,7 +67,10 @@ class FakeComm : public DeviceComm {
     }
   }
   bool Done(uint64_t operation) override { return operation <= done_; }
-  std::string AsyncError() override { return ""; }
+  std::string AsyncError() override {
+    const std::lock_guard<std::mutex> lock(wire_->mutex);
+    return wire_->error;
+  }
   // This end alone.
   void Abort() {
     const std::lock_guard<std::mutex> lock(wire_->mutex);
@@ -203,6 +207,32 @@ TEST(DeviceTransportTest, APeerThatFailsEndsAStuckReceiveAndIsNamed) {
   });
   EXPECT_TRUE(statuses[1].ok()) << statuses[1];
   EXPECT_EQ(PeerOf(statuses[0]), 1) << statuses[0];
+}
+
+// Between two looks of the watching thread: what came from the device would still pass for a result.
+TEST(DeviceTransportTest, TheStatusAsksTheCommunicators) {
+  FakeComms comms;
+  std::atomic<bool> over{false};
+  const auto statuses = RunTwo([&](int rank, std::unique_ptr<Transport> host) -> absl::Status {
+    auto transport = DeviceTransport::Connect(std::move(host), &comms, kPipeline);
+    if (!transport.ok()) return transport.status();
+    if (rank == 1) {
+      while (!over) absl::SleepFor(absl::Milliseconds(1));
+      return absl::OkStatus();
+    }
+    absl::Status status = (*transport)->status();
+    if (!status.ok()) return absl::InternalError("failed before anything was wrong");
+    for (const auto& [id, wire] : comms.wires()) {
+      const std::lock_guard<std::mutex> lock(wire->mutex);
+      wire->error = "remote process exited";
+    }
+    status = (*transport)->status();
+    over = true;
+    return status;
+  });
+  EXPECT_EQ(statuses[0].code(), absl::StatusCode::kUnavailable) << statuses[0];
+  EXPECT_EQ(PeerOf(statuses[0]), 1);
+  EXPECT_THAT(std::string(statuses[0].message()), HasSubstr("remote process exited"));
 }
 
 TEST(DeviceTransportTest, ACommunicatorThatDoesNotComeAboutIsAnErrorWithItsPeer) {

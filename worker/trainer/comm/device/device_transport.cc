@@ -71,6 +71,9 @@ class DeviceTransportImpl final : public DeviceTransport {
   // Runs what may throw. The first cause, where there is one, instead of its consequence.
   template <typename Body>
   absl::Status Guarded(int peer, Body&& body);
+  absl::Status FirstCause() const;
+  // What the communicators say of themselves.
+  absl::Status AskComms() const;
   void Fail(const absl::Status& cause);
   void Watch();
   void StopWatching();
@@ -155,9 +158,27 @@ absl::Status DeviceTransportImpl::MakeComms(const DeviceTransportOptions& option
   return absl::OkStatus();
 }
 
-absl::Status DeviceTransportImpl::status() const {
+absl::Status DeviceTransportImpl::FirstCause() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return status_.ok() ? host_->status() : status_;
+}
+
+absl::Status DeviceTransportImpl::AskComms() const {
+  for (const Lane& lane : lanes_) {
+    const std::string error = lane.comm->AsyncError();
+    const int peer = lane.link.from == rank() ? lane.link.to : lane.link.from;
+    if (!error.empty()) return WithPeer(absl::UnavailableError(absl::StrCat("transfer with the device of rank ", peer, ": ", error)), peer);
+  }
+  if (group_ == nullptr) return absl::OkStatus();
+  const std::string error = group_->AsyncError();
+  return error.empty() ? absl::OkStatus() : absl::UnavailableError(absl::StrCat("transfer between the replicas' devices: ", error));
+}
+
+absl::Status DeviceTransportImpl::status() const {
+  PPFT_RETURN_IF_ERROR(FirstCause());
+  const absl::Status asked = AskComms();
+  PPFT_RETURN_IF_ERROR(FirstCause());  // an abort in between, and with it why
+  return asked;
 }
 
 template <typename Body>
@@ -166,7 +187,7 @@ absl::Status DeviceTransportImpl::Guarded(int peer, Body&& body) {
     body();
     return absl::OkStatus();
   } catch (const std::exception& e) {
-    PPFT_RETURN_IF_ERROR(status());
+    PPFT_RETURN_IF_ERROR(FirstCause());
     absl::Status failed = absl::UnavailableError(absl::StrCat("transfer between devices: ", e.what()));
     return peer >= 0 ? WithPeer(failed, peer) : failed;
   }
@@ -195,7 +216,7 @@ absl::StatusOr<Ticket> DeviceTransportImpl::PostReceive(int peer, Channel channe
     PPFT_ASSIGN_OR_RETURN(const Ticket ticket, host_->PostReceive(peer, channel, tag, std::move(buffer)));
     return HostTicket(ticket);
   }
-  PPFT_RETURN_IF_ERROR(status());
+  PPFT_RETURN_IF_ERROR(FirstCause());
   PPFT_ASSIGN_OR_RETURN(Lane * lane, Find(channel, peer, rank()));
   const Ticket ticket = next_ticket_;
   next_ticket_ += 2;
@@ -217,7 +238,7 @@ absl::StatusOr<Ticket> DeviceTransportImpl::PostReceive(int peer, Channel channe
 
 absl::Status DeviceTransportImpl::Send(int peer, Channel channel, const Tag& tag, Buffer buffer) {
   if (channel == Channel::kControl) return host_->Send(peer, channel, tag, std::move(buffer));
-  PPFT_RETURN_IF_ERROR(status());
+  PPFT_RETURN_IF_ERROR(FirstCause());
   PPFT_ASSIGN_OR_RETURN(Lane * lane, Find(channel, rank(), peer));
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -232,7 +253,7 @@ absl::Status DeviceTransportImpl::Send(int peer, Channel channel, const Tag& tag
 
 absl::Status DeviceTransportImpl::Wait(Ticket ticket) {
   if (IsHost(ticket)) return host_->Wait(ticket / 2);
-  PPFT_RETURN_IF_ERROR(status());
+  PPFT_RETURN_IF_ERROR(FirstCause());
   return Guarded(-1, [&] {
     for (Lane& lane : lanes_) {
       const auto mine = std::find_if(lane.deferred.begin(), lane.deferred.end(), [&](const Posted& posted) { return posted.ticket == ticket; });
@@ -286,16 +307,7 @@ void DeviceTransportImpl::Watch() {
     if (!status_.ok()) return;
     lock.unlock();
     absl::Status cause = host_->status();
-    for (const Lane& lane : lanes_) {
-      if (!cause.ok()) break;
-      const std::string error = lane.comm->AsyncError();
-      const int peer = lane.link.from == rank() ? lane.link.to : lane.link.from;
-      if (!error.empty()) cause = WithPeer(absl::UnavailableError(absl::StrCat("transfer with the device of rank ", peer, ": ", error)), peer);
-    }
-    if (cause.ok() && group_ != nullptr) {
-      const std::string error = group_->AsyncError();
-      if (!error.empty()) cause = absl::UnavailableError(absl::StrCat("transfer between the replicas' devices: ", error));
-    }
+    if (cause.ok()) cause = AskComms();
     if (!cause.ok()) return Fail(cause);
     lock.lock();
   }

@@ -5,7 +5,8 @@
 // Wait queue work behind what the caller's current stream holds and return at once; after Wait the stream, not the host, has the message.
 //
 // A thread of this object watches the host transport and the communicators. A lost peer sets the status first and then aborts all communicators in one
-// group, so that a stuck device goes on with garbage; whoever has waited for the device must ask status() before it uses what it got.
+// group, so that a stuck device goes on with garbage; whoever has waited for the device must ask status() before it uses what it got;
+// status() asks the communicators, too.
 #pragma once
 
 #include <memory>

@@ -30,7 +30,7 @@ void CheckNccl(ncclResult_t result, const char* what) {
 
 class NcclComm final : public DeviceComm {
  public:
-  NcclComm(const DeviceCommId& id, int size, int member, int device) : size_(size) {
+  NcclComm(const DeviceCommId& id, int size, int member, int device) : size_(size), member_(static_cast<size_t>(member)) {
     Check(cudaSetDevice(device), "cudaSetDevice");
     int least = 0, greatest = 0;
     Check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "stream priorities");
@@ -53,9 +53,12 @@ class NcclComm final : public DeviceComm {
   uint64_t AllReduceSum(float* values, int64_t count) override {
     return Run([&] { CheckNccl(ncclAllReduce(values, values, static_cast<size_t>(count), ncclFloat, ncclSum, comm_, stream_), "ncclAllReduce"); });
   }
-  // Parts of any size: NCCL's own reduce-scatter and all-gather know equal ones only.
+  // NCCL's own reduce-scatter and all-gather know equal parts only.
   uint64_t ReduceScatter(float* values, const std::vector<int64_t>& bounds) override {
     return Run([&] {
+      if (const size_t part = EqualPart(bounds); part > 0) {
+        return CheckNccl(ncclReduceScatter(values, values + member_ * part, part, ncclFloat, ncclSum, comm_, stream_), "ncclReduceScatter");
+      }
       ForEachPart(bounds, [&](int64_t begin, size_t count, int member) {
         CheckNccl(ncclReduce(values + begin, values + begin, count, ncclFloat, ncclSum, member, comm_, stream_), "ncclReduce");
       });
@@ -63,6 +66,9 @@ class NcclComm final : public DeviceComm {
   }
   uint64_t AllGather(float* values, const std::vector<int64_t>& bounds) override {
     return Run([&] {
+      if (const size_t part = EqualPart(bounds); part > 0) {
+        return CheckNccl(ncclAllGather(values + member_ * part, values, part, ncclFloat, comm_, stream_), "ncclAllGather");
+      }
       ForEachPart(bounds, [&](int64_t begin, size_t count, int member) {
         CheckNccl(ncclBroadcast(values + begin, values + begin, count, ncclFloat, member, comm_, stream_), "ncclBroadcast");
       });
@@ -113,6 +119,14 @@ class NcclComm final : public DeviceComm {
     return first_ + events_.size() - 1;
   }
 
+  // The size of all parts if it is one and they begin at 0, else 0.
+  static size_t EqualPart(const std::vector<int64_t>& bounds) {
+    for (size_t i = 0; i < bounds.size(); ++i) {
+      if (bounds[i] != static_cast<int64_t>(i) * bounds.at(1)) return 0;
+    }
+    return static_cast<size_t>(bounds.at(1));
+  }
+
   template <typename Body>
   void ForEachPart(const std::vector<int64_t>& bounds, Body&& body) {
     CheckNccl(ncclGroupStart(), "ncclGroupStart");
@@ -136,6 +150,7 @@ class NcclComm final : public DeviceComm {
   }
 
   const int size_;
+  const size_t member_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t ready_ = nullptr;
   std::deque<cudaEvent_t> events_;  // of the operations from first_ on

@@ -31,8 +31,10 @@ class DeviceOptimizerImpl final : public DeviceOptimizer {
     const FlatParameters& p = parameters_;
     const int64_t total = p.master.numel();
     Flat<float>(p.master, total);
-    Flat<float>(p.gradient, total);
     TORCH_CHECK(p.begin >= 0 && p.begin <= p.end && p.end <= total, "optimizer: the shard [", p.begin, ", ", p.end, ") is not in ", total, " elements");
+    const bool whole = p.gradient.numel() == total;
+    Flat<float>(p.gradient, whole ? total : p.end - p.begin);
+    gradient_begin_ = whole ? 0 : p.begin;
     device_ = p.master.device();
     const c10::cuda::CUDAGuard guard(device_);
 
@@ -62,8 +64,8 @@ class DeviceOptimizerImpl final : public DeviceOptimizer {
         }
       };
       cut(span.offset, span.offset + span.size, all);
-      first.push_back(static_cast<int32_t>(all.size()));
       cut(std::max(p.begin, span.offset), std::min(p.end, span.offset + span.size), shard);
+      first.push_back(static_cast<int32_t>(shard.size()));
     }
     num_shard_ = static_cast<int>(shard.size());
     num_all_ = static_cast<int>(all.size());
@@ -74,7 +76,7 @@ class DeviceOptimizerImpl final : public DeviceOptimizer {
     const at::TensorOptions fp32 = p.master.options();
     exp_avg_ = at::zeros({p.end - p.begin}, fp32);
     exp_avg_sq_ = at::zeros({p.end - p.begin}, fp32);
-    partial_ = at::empty({std::max<int64_t>(1, num_all_)}, fp32.dtype(at::kDouble));
+    partial_ = at::empty({std::max<int64_t>(1, num_shard_)}, fp32.dtype(at::kDouble));
     squares_ = at::zeros({static_cast<int64_t>(p.spans.size())}, fp32.dtype(at::kDouble));
   }
 
@@ -98,7 +100,7 @@ class DeviceOptimizerImpl final : public DeviceOptimizer {
   at::Tensor GradientSquares() override {
     const c10::cuda::CUDAGuard guard(device_);
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-    ChunkSquares(Table<OptimizerChunk>(all_), num_all_, parameters_.gradient.data_ptr<float>(), partial_.data_ptr<double>(), stream);
+    ChunkSquares(Table<OptimizerChunk>(shard_), num_shard_, parameters_.gradient.data_ptr<float>(), gradient_begin_, partial_.data_ptr<double>(), stream);
     SumChunks(partial_.data_ptr<double>(), Table<int32_t>(first_), static_cast<int>(parameters_.spans.size()), squares_.data_ptr<double>(), stream);
     return squares_;
   }
@@ -115,18 +117,19 @@ class DeviceOptimizerImpl final : public DeviceOptimizer {
   void Run(const at::Tensor& chunks, int num_chunks, const AdamWScalars* scalars) {
     const c10::cuda::CUDAGuard guard(device_);
     AdamW(type_, Table<OptimizerChunk>(chunks), num_chunks, Table<ComputeTarget>(targets_), scalars, parameters_.master.data_ptr<float>(),
-          parameters_.gradient.data_ptr<float>(), exp_avg_.data_ptr<float>(), exp_avg_sq_.data_ptr<float>(), parameters_.begin,
+          parameters_.gradient.data_ptr<float>(), gradient_begin_, exp_avg_.data_ptr<float>(), exp_avg_sq_.data_ptr<float>(), parameters_.begin,
           c10::cuda::getCurrentCUDAStream());
   }
 
   const FlatParameters parameters_;
   at::Device device_ = at::kCPU;
   Type type_ = Type::kFloat;
+  int64_t gradient_begin_ = 0;  // of the flat buffer's elements
   int num_shard_ = 0;
   int num_all_ = 0;
   at::Tensor shard_, all_, first_, targets_;  // tables
   at::Tensor exp_avg_, exp_avg_sq_;
-  at::Tensor partial_;  // [chunks] fp64
+  at::Tensor partial_;  // [chunks of the shard] fp64
   at::Tensor squares_;  // [spans] fp64
 };
 

@@ -72,11 +72,11 @@ struct ComputeTarget {
 struct AdamWScalars {
   float decay, one_minus_beta1, beta2, one_minus_beta2, correction2_sqrt, epsilon, minus_step_size, gradient_factor;
 };
-// master, gradient: flat; exp_avg, exp_avg_sq: of the elements from `moments_begin`. With scalars null only the compute copies are written.
+// master: flat; gradient: of the elements from `gradient_begin`; exp_avg, exp_avg_sq: from `moments_begin`. With scalars null only the compute copies are written.
 void AdamW(Type type, const OptimizerChunk* chunks, int num_chunks, const ComputeTarget* targets, const AdamWScalars* scalars, float* master,
-           const float* gradient, float* exp_avg, float* exp_avg_sq, int64_t moments_begin, cudaStream_t stream);
-// partial[c] = sum of squares of chunk c, fp64.
-void ChunkSquares(const OptimizerChunk* chunks, int num_chunks, const float* values, double* partial, cudaStream_t stream);
+           const float* gradient, int64_t gradient_begin, float* exp_avg, float* exp_avg_sq, int64_t moments_begin, cudaStream_t stream);
+// partial[c] = sum of squares of chunk c, fp64. values: of the elements from `begin`.
+void ChunkSquares(const OptimizerChunk* chunks, int num_chunks, const float* values, int64_t begin, double* partial, cudaStream_t stream);
 // out[p] = sum of partial[first[p]] … partial[first[p + 1] - 1].
 void SumChunks(const double* partial, const int32_t* first, int num_parameters, double* out, cudaStream_t stream);
 

@@ -14,8 +14,8 @@ __device__ __forceinline__ void WriteCopy(const ComputeTarget& target, int64_t e
 }
 
 template <typename T, bool kUpdate>
-__global__ void AdamWKernel(const OptimizerChunk* chunks, const ComputeTarget* targets, AdamWScalars s, float* master, const float* gradient, float* exp_avg,
-                            float* exp_avg_sq, int64_t moments_begin) {
+__global__ void AdamWKernel(const OptimizerChunk* chunks, const ComputeTarget* targets, AdamWScalars s, float* master, const float* gradient,
+                            int64_t gradient_begin, float* exp_avg, float* exp_avg_sq, int64_t moments_begin) {
   const OptimizerChunk chunk = chunks[blockIdx.x];
   ComputeTarget target;
   if (chunk.copy >= 0) target = targets[chunk.copy];
@@ -24,7 +24,7 @@ __global__ void AdamWKernel(const OptimizerChunk* chunks, const ComputeTarget* t
     float value = master[at];
     if constexpr (kUpdate) {
       const int64_t moment = at - moments_begin;
-      const float g = __fmul_rn(gradient[at], s.gradient_factor);
+      const float g = __fmul_rn(gradient[at - gradient_begin], s.gradient_factor);
       const float old = exp_avg[moment];
       const float m = __fadd_rn(old, __fmul_rn(s.one_minus_beta1, __fsub_rn(g, old)));
       const float v = __fadd_rn(__fmul_rn(exp_avg_sq[moment], s.beta2), __fmul_rn(__fmul_rn(s.one_minus_beta2, g), g));
@@ -49,11 +49,11 @@ __device__ double BlockSum64(double x) {
   return shared[0];
 }
 
-__global__ void ChunkSquaresKernel(const OptimizerChunk* chunks, const float* values, double* partial) {
+__global__ void ChunkSquaresKernel(const OptimizerChunk* chunks, const float* values, int64_t begin, double* partial) {
   const OptimizerChunk chunk = chunks[blockIdx.x];
   double sum = 0;
   for (int i = threadIdx.x; i < chunk.size; i += blockDim.x) {
-    const double value = values[chunk.begin + i];
+    const double value = values[chunk.begin - begin + i];
     sum += value * value;
   }
   sum = BlockSum64(sum);
@@ -70,22 +70,24 @@ __global__ void SumChunksKernel(const double* partial, const int32_t* first, dou
 }  // namespace
 
 void AdamW(Type type, const OptimizerChunk* chunks, int num_chunks, const ComputeTarget* targets, const AdamWScalars* scalars, float* master,
-           const float* gradient, float* exp_avg, float* exp_avg_sq, int64_t moments_begin, cudaStream_t stream) {
+           const float* gradient, int64_t gradient_begin, float* exp_avg, float* exp_avg_sq, int64_t moments_begin, cudaStream_t stream) {
   if (num_chunks == 0) return;
   Dispatch(type, [&](auto zero) {
     using T = decltype(zero);
     if (scalars != nullptr) {
-      AdamWKernel<T, true><<<num_chunks, kThreads, 0, stream>>>(chunks, targets, *scalars, master, gradient, exp_avg, exp_avg_sq, moments_begin);
+      AdamWKernel<T, true>
+          <<<num_chunks, kThreads, 0, stream>>>(chunks, targets, *scalars, master, gradient, gradient_begin, exp_avg, exp_avg_sq, moments_begin);
     } else {
-      AdamWKernel<T, false><<<num_chunks, kThreads, 0, stream>>>(chunks, targets, AdamWScalars{}, master, gradient, exp_avg, exp_avg_sq, moments_begin);
+      AdamWKernel<T, false>
+          <<<num_chunks, kThreads, 0, stream>>>(chunks, targets, AdamWScalars{}, master, gradient, gradient_begin, exp_avg, exp_avg_sq, moments_begin);
     }
   });
   CheckLaunch("AdamW");
 }
 
-void ChunkSquares(const OptimizerChunk* chunks, int num_chunks, const float* values, double* partial, cudaStream_t stream) {
+void ChunkSquares(const OptimizerChunk* chunks, int num_chunks, const float* values, int64_t begin, double* partial, cudaStream_t stream) {
   if (num_chunks == 0) return;
-  ChunkSquaresKernel<<<num_chunks, kThreads, 0, stream>>>(chunks, values, partial);
+  ChunkSquaresKernel<<<num_chunks, kThreads, 0, stream>>>(chunks, values, begin, partial);
   CheckLaunch("ChunkSquares");
 }
 
