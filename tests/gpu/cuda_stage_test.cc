@@ -1,9 +1,10 @@
 // A whole stage on the GPU against the same stage on the CPU: losses, gradients, training.
-#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/randint.h>
+#include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -105,8 +106,7 @@ double WorstGradient(const Result& a, const Result& b) {
 
 class CudaStageTest : public testing::Test {
  protected:
-  void SetUp() override { at::globalContext().setDeterministicAlgorithms(false, false); }
-  void TearDown() override { at::globalContext().setDeterministicAlgorithms(false, false); }
+  void TearDown() override { Gpu().SetDeterministic(false); }
 };
 
 TEST_F(CudaStageTest, FloatsGiveTheCpusLossAndGradients) {
@@ -141,8 +141,7 @@ TEST_F(CudaStageTest, LossIsTheSameTakenAtOnceOrLater) {
 }
 
 TEST_F(CudaStageTest, TwoStagesAreOneToTheBitInDeterministicMode) {
-  at::globalContext().setDeterministicAlgorithms(true, false);
-  at::globalContext().setDeterministicFillUninitializedMemory(false);
+  Gpu().SetDeterministic(true);
   StageOptions first = Options(true, at::kBFloat16, 0.1), second = first;
   first.num_layers = second.num_layers = 2;
   first.has_head = second.has_embedding = false;
@@ -161,6 +160,55 @@ TEST_F(CudaStageTest, TwoStagesAreOneToTheBitInDeterministicMode) {
   for (size_t i = 0; i < one.gradients.size(); ++i) {
     EXPECT_TRUE(at::equal(one.gradients[i], again.gradients[i])) << all[i].name;
     EXPECT_TRUE(at::equal(one.gradients[i], two.gradients[i])) << all[i].name;
+  }
+}
+
+// Documents of one micro-batch do not see each other: each has the loss and the gradient that it has alone.
+TEST_F(CudaStageTest, PackedDocumentsAreTheSameAlone) {
+  const std::vector<int32_t> borders = {0, 7, 100, 101, 190, 300};
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    const auto gpu = Make(Options(true, type));
+    // With the targets of one document alone, or of all (-1).
+    const auto loss_of = [&](const at::Tensor& ids, const std::vector<int32_t>& cu_seqlens, int document) {
+      MicrobatchInput input;
+      input.cu_seqlens = cu_seqlens;
+      input.ids = ids;
+      std::vector<int64_t> rows;
+      for (int d = 0; d + 1 < static_cast<int>(cu_seqlens.size()); ++d) {
+        for (int64_t t = cu_seqlens[d]; t + 1 < cu_seqlens[d + 1] && (document < 0 || d == document); ++t) rows.push_back(t);
+      }
+      input.target_rows = at::empty({static_cast<int64_t>(rows.size())}, at::kLong);
+      std::copy(rows.begin(), rows.end(), input.target_rows.data_ptr<int64_t>());
+      input.target_ids = ids.index_select(0, input.target_rows + 1);
+      EXPECT_TRUE(gpu->Forward(input, at::Tensor(), true, nullptr).ok());
+      EXPECT_TRUE(gpu->Backward(input, at::Tensor()).ok());
+      return TakeLoss(*gpu);
+    };
+    const auto take_gradients = [&] {
+      Result result;
+      for (const Parameter& p : gpu->parameters()) result.gradients.push_back(p.gradient.to(at::kCPU, /*non_blocking=*/false, /*copy=*/true));
+      gpu->ZeroGradients();
+      return result;
+    };
+    const double tolerance = type == at::kFloat ? 1e-5 : type == at::kHalf ? 1e-3 : 5e-3;
+    const at::Tensor ids = Input(0).ids;
+    loss_of(ids, borders, -1);
+    const Result packed = take_gradients();
+    Result alone;
+    for (int d = 0; d + 1 < static_cast<int>(borders.size()); ++d) {
+      const int32_t size = borders[d + 1] - borders[d];
+      const double inside = loss_of(ids, borders, d);
+      gpu->ZeroGradients();
+      const double loss = loss_of(ids.narrow(0, borders[d], size).contiguous(), {0, size}, -1);
+      EXPECT_EQ(loss > 0, size > 1);
+      EXPECT_NEAR(inside, loss, tolerance * loss) << c10::toString(type) << ", document " << d;
+      const Result one = take_gradients();
+      for (size_t i = 0; i < one.gradients.size(); ++i) {
+        if (d == 0) alone.gradients.push_back(at::zeros_like(one.gradients[i]));
+        alone.gradients[i].add_(one.gradients[i]);
+      }
+    }
+    EXPECT_LT(WorstGradient(packed, alone), type == at::kFloat ? 2e-4 : type == at::kHalf ? 3e-2 : 1e-1) << c10::toString(type);
   }
 }
 

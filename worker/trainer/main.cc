@@ -29,11 +29,17 @@ namespace {
 
 constexpr int kControlFd = 3;
 constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
+// Of a device's memory: what others hold beyond this is not the context and the communicators of this process.
+constexpr int64_t kForeignBytes = int64_t{4} << 30;
+constexpr char kForeignRemedy[] = "end the other processes on that device, or give the worker devices of its own; the job tries again by itself";
 
 // The plugin, with this thread on its one visible device; nullptr where the rank's device is no GPU.
 absl::StatusOr<CudaRuntime*> UseDevice(const TrainerConfig& config) {
   if (!absl::StartsWith(config.me().device, "cuda")) return static_cast<CudaRuntime*>(nullptr);
   const auto failed = [&](const absl::Status& status) {
+    if (absl::StrContains(status.message(), "out of memory")) {
+      return WithReason(Annotate(status, config.me().device), "OUT_OF_DEVICE_MEMORY", "INFRASTRUCTURE", kForeignRemedy);
+    }
     return WithReason(Annotate(status, config.me().device), "DEVICE_ERROR", "OPERATOR", "look at `ppft-trainer --probe-devices` on the worker's host");
   };
   absl::StatusOr<CudaRuntime*> cuda = LoadCudaPlugin("");
@@ -55,13 +61,21 @@ absl::Status ExplainMemory(const absl::Status& status, const TrainerConfig& conf
   const bool out =
       absl::IsResourceExhausted(status) || absl::StrContains(status.message(), "out of memory") || absl::StrContains(status.message(), "ALLOC_FAILED");
   if (status.ok() || cuda == nullptr || !out) return status;
-  absl::Status explained =
-      WithReason(status, "OUT_OF_DEVICE_MEMORY", "USER", "lower training.micro_batch_size or data.sequence_len, or use more pipeline stages");
   const absl::StatusOr<CudaMemory> memory = CatchTorch("", [&]() -> absl::StatusOr<CudaMemory> { return cuda->Memory(0); });
   std::string text = absl::StrFormat(" (the plan's estimate: %.1f GiB", static_cast<double>(config.me().peak_bytes) / kGiB);
   if (memory.ok()) {
     absl::StrAppendFormat(&text, "; this rank held %.1f GiB of the device's %.1f GiB, %.1f GiB were free", static_cast<double>(memory->reserved_bytes) / kGiB,
                           static_cast<double>(memory->device_bytes) / kGiB, static_cast<double>(memory->device_free_bytes) / kGiB);
+  }
+  const int64_t others = memory.ok() ? memory->device_bytes - memory->device_free_bytes - memory->reserved_bytes : 0;
+  absl::Status explained;
+  if (others > kForeignBytes) {
+    // The job would fit where it is alone: another attempt may succeed.
+    absl::StrAppendFormat(&text, "; other processes hold %.1f GiB of it", static_cast<double>(others) / kGiB);
+    explained = WithReason(status, "OUT_OF_DEVICE_MEMORY", "INFRASTRUCTURE", kForeignRemedy);
+  } else {
+    explained = WithReason(status, "OUT_OF_DEVICE_MEMORY", "USER",
+                           "lower training.micro_batch_size or data.sequence_len, set parallel.activation_checkpointing: full, or use more pipeline stages");
   }
   absl::Status out_status(explained.code(), absl::StrCat(explained.message(), text, ")"));
   explained.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) { out_status.SetPayload(url, payload); });
