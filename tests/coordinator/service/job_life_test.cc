@@ -413,7 +413,7 @@ TEST_F(JobLifeTest, AStoreShortOfRoomPausesWhatRunsToo) {
 
 TEST_F(JobLifeTest, APausedJobIsCancelledAtOnce) {
   Begin();
-  const std::string id = Submit(Spec(8));
+  const std::string id = Submit(Spec(3));
   WaitFor(id, v1::JOB_STATE_QUEUED);
   work_.set_room(Full());
   WaitUntil(id, IsPausedForDisk);
