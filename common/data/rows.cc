@@ -86,28 +86,41 @@ const char* TypeName(const Json& value) {
   }
 }
 
-// Deepest [ or { in the text, outside strings; counting stops at the limit.
-int Nesting(absl::string_view text) {
-  int depth = 0;
-  int deepest = 0;
-  bool in_string = false;
-  for (size_t i = 0; i < text.size() && deepest <= kMaxRowNesting; ++i) {
-    const char c = text[i];
-    if (in_string) {
-      if (c == '\\') {
-        ++i;
+// Walks through JSON text by brackets and quotes alone; what is inside is for the parser to judge.
+class BracketScan {
+ public:
+  void Take(char c) {
+    if (in_string_) {
+      if (escaped_) {
+        escaped_ = false;
+      } else if (c == '\\') {
+        escaped_ = true;
       } else if (c == '"') {
-        in_string = false;
+        in_string_ = false;
       }
     } else if (c == '"') {
-      in_string = true;
+      in_string_ = true;
     } else if (c == '[' || c == '{') {
-      deepest = std::max(deepest, ++depth);
-    } else if (c == ']' || c == '}') {
-      --depth;
+      deepest_ = std::max(deepest_, ++depth_);
+    } else if (depth_ > 0 && (c == ']' || c == '}')) {
+      --depth_;
     }
   }
-  return deepest;
+  // Neither in a string nor in brackets.
+  bool outside() const { return !in_string_ && depth_ == 0; }
+  bool too_deep() const { return deepest_ > kMaxRowNesting; }
+
+ private:
+  bool in_string_ = false;
+  bool escaped_ = false;
+  int depth_ = 0;
+  int deepest_ = 0;
+};
+
+bool IsTooDeep(absl::string_view text) {
+  BracketScan scan;
+  for (size_t i = 0; i < text.size() && !scan.too_deep(); ++i) scan.Take(text[i]);
+  return scan.too_deep();
 }
 
 // nlohmann's "… at line 1, column 9: syntax error while parsing value - unexpected end of input; expected …" -> "column 9: unexpected end of input".
@@ -126,7 +139,7 @@ absl::StatusOr<Json> ParseRow(const RowFormat& format, int64_t number, absl::str
   if (const size_t bad = FindInvalidUtf8(text); bad != absl::string_view::npos) {
     return RowError(format.source, number, absl::StrCat("byte ", bad + 1, " is not valid UTF-8: save the file as UTF-8"));
   }
-  if (Nesting(text) > kMaxRowNesting) {
+  if (IsTooDeep(text)) {
     return RowError(format.source, number, absl::StrCat("is nested deeper than ", kMaxRowNesting, " levels: a row is one flat object of strings"));
   }
   Json row;
@@ -202,7 +215,7 @@ absl::StatusOr<bool> RowReader::NextLine(absl::string_view* text) {
   return false;
 }
 
-// Finds the end of the next element by brackets and quotes alone; ParseRow judges what is inside.
+// Finds the end of the next element; ParseRow judges what is inside.
 absl::StatusOr<bool> RowReader::NextElement(absl::string_view* text) {
   const auto skip_space = [this] { rest_.remove_prefix(std::min(rest_.find_first_not_of(kJsonSpace), rest_.size())); };
   const auto broken = [this](absl::string_view what) { return RowError(format_.source, number_, absl::StrCat("is not valid JSON: ", what)); };
@@ -217,31 +230,14 @@ absl::StatusOr<bool> RowReader::NextElement(absl::string_view* text) {
     return NextElement(text);
   }
   ++number_;
-  int depth = 0;
-  bool in_string = false;
+  BracketScan scan;
   size_t i = 0;
-  for (; i < rest_.size(); ++i) {
-    const char c = rest_[i];
-    if (in_string) {
-      if (c == '\\') {
-        ++i;
-      } else if (c == '"') {
-        in_string = false;
-      }
-    } else if (c == '"') {
-      in_string = true;
-    } else if (c == '[' || c == '{') {
-      ++depth;
-    } else if (depth > 0 && (c == ']' || c == '}')) {
-      --depth;
-    } else if (depth == 0 && (c == ',' || c == ']')) {
-      break;
-    }
-    if (static_cast<int64_t>(i) > kMaxRowBytes) break;
+  for (; i < rest_.size() && static_cast<int64_t>(i) <= kMaxRowBytes; ++i) {
+    if (scan.outside() && (rest_[i] == ',' || rest_[i] == ']')) break;
+    scan.Take(rest_[i]);
   }
   *text = rest_.substr(0, i);
-  if (static_cast<int64_t>(i) > kMaxRowBytes) return true;  // ParseRow refuses it by its size
-  if (Nesting(*text) > kMaxRowNesting) return true;         // and by its depth
+  if (static_cast<int64_t>(i) > kMaxRowBytes || scan.too_deep()) return true;  // ParseRow refuses it
   if (i >= rest_.size()) return broken("the list is not closed with ]");
   if (IsBlank(*text)) return broken("an element is missing between commas");
   array_ended_ = rest_[i] == ']';
