@@ -42,7 +42,7 @@ inline constexpr int64_t kCpuHeadRows = 256;
 inline constexpr int64_t kCudaHeadRows = 2048;
 inline constexpr int64_t kCudaSmallHeadRows = 1024;  // with full checkpointing
 // A GPU's passes over micro-batches of up to so many tokens are captured, and what they allocate for a while comes from a pool of their own.
-inline constexpr int64_t kMostCapturedTokens = 8192;
+inline constexpr int64_t kMostCapturedTokens = 32768;
 
 // Bytes. All but `kept` once per stage, whatever the number of micro-batches.
 struct StageMemory {

@@ -2,9 +2,11 @@
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/outer.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
@@ -96,8 +98,14 @@ TEST_P(CudaKernelsTest, RmsNormBackward) {
     cpu_.AddRmsNorm(x, at::Tensor(), weight, kEps, at::Tensor(), normed, rstd);
     const at::Tensor ddx = Device(dx);
     cpu_.RmsNormBackward(dnormed, x, rstd, weight, dx);
-    gpu_.RmsNormBackward(Device(dnormed, s.padding), Device(x), rstd.to(OnGpu(at::kFloat)), Device(weight), ddx);
+    const at::Tensor again = ddx.clone(), dx_normed = Device(dnormed, s.padding), device_rstd = rstd.to(OnGpu(at::kFloat)),
+                     want = DeviceEmpty(s.rows, s.columns);
+    gpu_.RmsNormBackward(dx_normed, Device(x), device_rstd, Device(weight), ddx);
     ExpectClose(ddx, dx);
+    // In one pass with the norm's output, which takes its gradient's place.
+    gpu_.ApplyRmsNorm(Device(x), device_rstd, Device(weight), want);
+    gpu_.RmsNormBackwardAndNormed(dx_normed, Device(x), device_rstd, Device(weight), again, dx_normed);
+    EXPECT_TRUE(at::equal(again, ddx) && at::equal(dx_normed, want));
   }
 }
 
@@ -114,6 +122,17 @@ TEST_P(CudaKernelsTest, RopeAndItsInverse) {
         gpu_.Rope(device, heads, cos.to(OnGpu(at::kFloat)), sin.to(OnGpu(at::kFloat)), position.to(OnGpu(at::kInt)), inverse);
         ExpectClose(device, qkv);
       }
+      // Between packed rows and parts: the same rotation, and back.
+      const at::Tensor packed = Device(Random({rows, heads.row_size()}), padding), rotated = packed.clone(),
+                       back = DeviceEmpty(rows, heads.row_size(), padding);
+      const at::Tensor dcos = cos.to(OnGpu(at::kFloat)), dsin = sin.to(OnGpu(at::kFloat)), dposition = position.to(OnGpu(at::kInt));
+      const QkvParts parts = PartsOf(DeviceEmpty(rows, heads.row_size()), heads);
+      gpu_.Rope(rotated, heads, dcos, dsin, dposition, /*inverse=*/false);
+      gpu_.RopeToParts(packed, heads, dcos, dsin, dposition, parts);
+      EXPECT_TRUE(at::equal(at::cat({parts.q, parts.k, parts.v}, 1), rotated));
+      gpu_.Rope(rotated, heads, dcos, dsin, dposition, /*inverse=*/true);
+      gpu_.RopeFromParts(parts, heads, dcos, dsin, dposition, back);
+      EXPECT_TRUE(at::equal(back, rotated));
     }
   }
 }
@@ -132,6 +151,9 @@ TEST_P(CudaKernelsTest, SwiGluAndItsGradient) {
     ExpectClose(gradient, dgate_up);
     gpu_.SwiGluBackward(Device(dout, s.padding), device, device);
     EXPECT_TRUE(at::equal(device, gradient));  // in place
+    const at::Tensor both = Device(gate_up), taken = Device(dout, s.padding);
+    gpu_.SwiGluBackwardAndGated(taken, both, taken);
+    EXPECT_TRUE(at::equal(both, gradient) && at::equal(taken, result));
   }
 }
 
@@ -159,6 +181,53 @@ TEST_P(CudaKernelsTest, CrossEntropyLossAndGradient) {
     gpu_.CrossEntropy(untouched, on_device, 0.25, false, plain);
     EXPECT_EQ(plain.item<double>(), dloss.item<double>());
   }
+}
+
+TEST_P(CudaKernelsTest, RowsWithoutTargetCountForNothing) {
+  const at::Tensor logits = Device(Random({6, 1104}, 4.0)), all = at::randint(1104, {6}, at::kLong).to(OnGpu(at::kLong)), some = all.clone();
+  some.narrow(0, 4, 2).fill_(-1);
+  const at::Tensor want = logits.narrow(0, 0, 4).clone(), got = logits.clone();
+  const at::Tensor want_loss = at::zeros({1}, OnGpu(at::kDouble)), got_loss = want_loss.clone();
+  gpu_.CrossEntropy(want, all.narrow(0, 0, 4), 0.25, true, want_loss);
+  LossWeight weight = 7.0;  // not what counts
+  weight.device = at::full({1}, 0.25, OnGpu(at::kFloat));
+  gpu_.CrossEntropy(got, some, weight, true, got_loss);
+  EXPECT_TRUE(at::equal(got.narrow(0, 0, 4), want) && at::equal(got_loss, want_loss));
+  EXPECT_EQ(got.narrow(0, 4, 2).abs().max().item<double>(), 0.0);
+}
+
+TEST_P(CudaKernelsTest, SpreadsRows) {
+  for (const int64_t columns : {2048, 37}) {
+    const at::Tensor rows = Random({3, columns}), row_of = at::full({7}, -1, at::kInt);
+    const at::Tensor want = at::empty({7, columns}, at::kDouble), got = DeviceEmpty(7, columns, 8);
+    const int32_t places[] = {2, -1, 0, -1, -1, 1, -1};
+    std::copy(std::begin(places), std::end(places), row_of.data_ptr<int32_t>());
+    cpu_.SpreadRows(rows, row_of, want);
+    gpu_.SpreadRows(Device(rows), row_of.to(OnGpu(at::kInt)), got);
+    EXPECT_TRUE(at::equal(Host(got), want));
+    EXPECT_EQ(want[1].abs().max().item<double>() + want[6].abs().max().item<double>(), 0.0);
+    EXPECT_TRUE(at::equal(want[5], rows[1]));
+  }
+}
+
+// Large products are tuned when their shape comes first; before, after, and for rows in between the values are a product's.
+TEST_P(CudaKernelsTest, LargeProducts) {
+  for (const int64_t tokens : {2048, 1999, 2048}) {
+    const at::Tensor a = Device(Random({tokens, 2048}), 16), b = Device(Random({4096, 2048}), 48), c = Device(Random({4096, 2048}, 0.1));
+    for (const auto& [left, right] : {std::make_pair(a, b.t()), std::make_pair(Device(Random({tokens, 4096}), 32), c)}) {
+      const at::Tensor got = DeviceEmpty(tokens, right.size(1), 24);
+      gpu_.MatMul(left, right, got);
+      const at::Tensor want = at::mm(left.to(at::kFloat), right.to(at::kFloat)).to(type_);
+      EXPECT_LT(RelativeError(Host(got), Host(want)), type_ == at::kFloat ? 1e-5 : Tolerance(type_));
+    }
+  }
+}
+
+TEST_P(CudaKernelsTest, SumsTakeProductsInFp32) {
+  const at::Tensor a = Device(Random({300, 16}), 8), b = Device(Random({300, 704}), 3), sum = at::full({16, 704}, 0.5, OnGpu(at::kFloat));
+  gpu_.AddProduct(a.t(), b, 2.0, sum);
+  const at::Tensor want = at::mm(Host(a).t(), Host(b)).mul_(2.0).add_(0.5);
+  EXPECT_LT(RelativeError(Host(sum), want), 1e-5);
 }
 
 TEST_P(CudaKernelsTest, CrossEntropyIsTheSameTwice) {
@@ -202,6 +271,7 @@ const std::vector<AttentionCase>& AttentionCases() {
   static const std::vector<AttentionCase> cases = {
       {{32, 8, 64}, {0, 512}, 16},
       {{32, 8, 64}, {0, 100, 356, 356, 400, 401, 700}, 16},
+      {{32, 8, 64}, {0, 256, 512, 768}, 16},
       {{6, 6, 48}, {0, 200, 400, 517}, 0},
       {{8, 2, 128}, {0, 33, 300, 640}, 4},  // out's rows are not aligned
       {{16, 4, 64}, {0, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640}, 8},
@@ -354,6 +424,30 @@ TEST_F(OptimizerTest, GradientSquaresByParameter) {
   p.gradient[spans_[2].offset] = std::numeric_limits<float>::quiet_NaN();
   const at::Tensor damaged = optimizer->GradientSquares().to(at::kCPU);
   for (int i = 0; i < 5; ++i) EXPECT_EQ(std::isfinite(damaged[i].item<double>()), i != 2 && i != 4);
+}
+
+// Gradients that are shared out: each part alone, the moments and the masters as with the whole.
+TEST_F(OptimizerTest, AShardsOwnGradientIsEnough) {
+  const AdamWOptions options;
+  const at::Tensor gradient = at::randn({total_}, OnGpu(at::kFloat));
+  FlatParameters whole = Parameters(0, total_);
+  whole.gradient.copy_(gradient);
+  const auto all = Gpu().MakeOptimizer(whole);
+  const at::Tensor squares = all->GradientSquares().to(at::kCPU);
+  all->Step(options, 1, 1e-3, 0.5);
+  FlatParameters parts = Parameters(0, 0);
+  const at::Tensor together = at::zeros({squares.numel()}, at::kDouble);
+  for (const auto& [begin, end] : {std::make_pair(int64_t{0}, total_ / 3), std::make_pair(total_ / 3, total_)}) {
+    parts.begin = begin;
+    parts.end = end;
+    parts.gradient = gradient.narrow(0, begin, end - begin).clone();
+    const auto part = Gpu().MakeOptimizer(parts);
+    together.add_(part->GradientSquares().to(at::kCPU));
+    part->Step(options, 1, 1e-3, 0.5);
+    EXPECT_TRUE(at::equal(part->exp_avg(), all->exp_avg().narrow(0, begin, end - begin)));
+  }
+  EXPECT_TRUE(at::equal(parts.master, whole.master));
+  for (int64_t i = 0; i < squares.numel(); ++i) EXPECT_NEAR(together[i].item<double>(), squares[i].item<double>(), 1e-12 * squares[i].item<double>());
 }
 
 TEST(CudaRuntimeTest, MemoryIsCounted) {

@@ -1,8 +1,10 @@
 // Speed of one stage that holds a whole model of random weights: forward, backward and optimizer step. One JSON line per case.
 //
-//   step_bench [CASE …] [--steps N] [--path cudnn|flash]      CASE: 1b:8x2048, 1b:1x512, 8b:4x2048, 1b:ragged (default: 1b:8x2048 1b:1x512)
+//   step_bench [CASE …] [--steps N] [--path cudnn|flash] [--checkpointing none|selective|full] [--no-graphs] [--profile FOLDER]
+//       CASE: 1b:8x2048, 1b:1x512, 8b:4x2048, 1b:ragged (default: 1b:8x2048 1b:1x512)
 //
 // The median of N (20) steps after 5 to warm up, the device waited for at both ends of each step. LoRA r = 16 on all seven linears, bf16, AdamW.
+// --profile: three further steps under libtorch's profiler; a table by kernel on standard output, a Chrome trace of each case in the folder.
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
@@ -18,6 +20,7 @@
 
 #include "common/base/status.h"
 #include "tests/gpu/model.h"
+#include "tests/gpu/profile.h"
 #include "worker/trainer/cuda/loader.h"
 
 namespace ppft::trainer {
@@ -88,13 +91,25 @@ double FlopsOf(const Case& c, int64_t adapter_weights) {
   return c.cu_seqlens.back() * (4 * (linear + head) + 6.0 * static_cast<double>(adapter_weights)) + attention;
 }
 
-absl::Status RunCase(CudaRuntime& gpu, const Case& c, int steps) {
+struct Settings {
+  int steps = 20;
+  Checkpointing checkpointing = Checkpointing::kNone;
+  bool capture = true;
+  std::string profile;  // folder of the traces; empty: none
+};
+
+absl::Status RunCase(CudaRuntime& gpu, const Case& c, const Settings& settings) {
+  constexpr int kWarmUp = 5, kProfiled = 3;
+  const int steps = settings.steps;
   StageOptions options;
+  options.checkpointing = settings.checkpointing;
   options.num_layers = static_cast<int>(c.config.num_layers);
   options.has_embedding = options.has_head = true;
   options.compute = at::kBFloat16;
   options.lora = {16, 2.0, 0.0, 42, AllTargets()};
-  options.head_chunk_rows = 2048;
+  options.head_chunk_rows = settings.checkpointing == Checkpointing::kFull ? 1024 : 2048;
+  options.least_tokens = c.cu_seqlens.back();
+  options.capture = settings.capture;
   options.device = at::Device(at::kCUDA, 0);
   options.kernels = &gpu.KernelsOf(0);
   gpu.ReleaseCachedMemory();
@@ -107,7 +122,7 @@ absl::Status RunCase(CudaRuntime& gpu, const Case& c, int steps) {
   const AdamWOptions adamw;
   std::vector<double> seconds, queued;
   double first = 0, last = 0;
-  for (int step = 0; step < steps + 5; ++step) {
+  const auto one = [&](int step) -> absl::Status {
     gpu.Synchronize(0);
     const auto begin = Clock::now();
     PPFT_RETURN_IF_ERROR(stage->Forward(input, at::Tensor(), true, nullptr).status());
@@ -121,15 +136,20 @@ absl::Status RunCase(CudaRuntime& gpu, const Case& c, int steps) {
     last = stage->loss_total().item<double>() * input.loss_weight;
     stage->loss_total().zero_();
     if (step == 0) first = last;
-    if (step < 5) continue;
+    if (step < kWarmUp) return absl::OkStatus();
     seconds.push_back(std::chrono::duration<double>(end - begin).count());
     queued.push_back(std::chrono::duration<double>(given - begin).count());
-  }
+    return absl::OkStatus();
+  };
+  for (int step = 0; step < steps + kWarmUp; ++step) PPFT_RETURN_IF_ERROR(one(step));
   std::sort(seconds.begin(), seconds.end());
   std::sort(queued.begin(), queued.end());
   const double median = seconds[seconds.size() / 2], tokens = c.cu_seqlens.back();
   const CudaMemory memory = gpu.Memory(0);
   nlohmann::json line = {{"case", c.name},
+                         {"checkpointing", settings.checkpointing == Checkpointing::kNone   ? "none"
+                                           : settings.checkpointing == Checkpointing::kFull ? "full"
+                                                                                            : "selective"},
                          {"tokens", tokens},
                          {"documents", c.cu_seqlens.size() - 1},
                          {"step_ms", median * 1e3},
@@ -141,7 +161,13 @@ absl::Status RunCase(CudaRuntime& gpu, const Case& c, int steps) {
                          {"first_loss", first},
                          {"last_loss", last}};
   std::cout << line.dump() << std::endl;
-  return absl::OkStatus();
+  if (settings.profile.empty()) return absl::OkStatus();
+  std::string file = absl::StrCat(settings.profile, "/", c.name, ".json");
+  std::replace(file.begin() + static_cast<std::ptrdiff_t>(settings.profile.size()), file.end(), ':', '-');
+  return ProfileSteps(c.name, file, kProfiled, [&]() -> absl::Status {
+    for (int i = 0; i < kProfiled; ++i) PPFT_RETURN_IF_ERROR(one(steps + kWarmUp + i));
+    return absl::OkStatus();
+  });
 }
 
 absl::Status Main(const std::vector<std::string>& arguments) {
@@ -150,11 +176,18 @@ absl::Status Main(const std::vector<std::string>& arguments) {
   std::string reason;
   if (gpu->Devices(&reason).empty()) return absl::UnavailableError(absl::StrCat("no GPU: ", reason));
   gpu->Use(0);
-  int steps = 20;
+  Settings settings;
   std::vector<std::string> names;
   for (size_t i = 0; i < arguments.size(); ++i) {
     if (arguments[i] == "--steps" && i + 1 < arguments.size()) {
-      steps = std::max(1, std::atoi(arguments[++i].c_str()));
+      settings.steps = std::max(1, std::atoi(arguments[++i].c_str()));
+    } else if (arguments[i] == "--no-graphs") {
+      settings.capture = false;
+    } else if (arguments[i] == "--profile" && i + 1 < arguments.size()) {
+      settings.profile = arguments[++i];
+    } else if (arguments[i] == "--checkpointing" && i + 1 < arguments.size()) {
+      const std::string& kept = arguments[++i];
+      settings.checkpointing = kept == "full" ? Checkpointing::kFull : kept == "selective" ? Checkpointing::kSelective : Checkpointing::kNone;
     } else if (arguments[i] == "--path" && i + 1 < arguments.size()) {
       // Deterministic mode takes flash attention.
       at::globalContext().setDeterministicAlgorithms(arguments[++i] == "flash", false);
@@ -166,7 +199,7 @@ absl::Status Main(const std::vector<std::string>& arguments) {
   if (names.empty()) names = {"1b:8x2048", "1b:1x512"};
   for (const std::string& name : names) {
     PPFT_ASSIGN_OR_RETURN(const Case c, ParseCase(name));
-    PPFT_RETURN_IF_ERROR(RunCase(*gpu, c, steps));
+    PPFT_RETURN_IF_ERROR(RunCase(*gpu, c, settings));
   }
   return absl::OkStatus();
 }

@@ -21,19 +21,16 @@ class Attention {
   explicit Attention(const at::Device& device);
 
   // Contracts: Kernels. lse's memory is laid out as the path likes it: Backward must find the mode (deterministic or not) of Forward.
-  void Forward(const at::Tensor& qkv, const HeadLayout& heads, const std::vector<int32_t>& cu_seqlens, const at::Tensor& out, const at::Tensor& lse);
-  void Backward(const at::Tensor& dout, const at::Tensor& qkv, const HeadLayout& heads, const std::vector<int32_t>& cu_seqlens, const at::Tensor& out,
-                const at::Tensor& lse, const at::Tensor& dqkv);
-
-  // The path that a call with these rows takes.
-  AttentionPath PathOf(const at::Tensor& qkv, const HeadLayout& heads, const Documents& documents, int64_t out_stride);
-  void set_cudnn_enabled(bool enabled) { cudnn_enabled_ = enabled; }
-  DocumentsCache& documents() { return documents_; }
+  void Forward(const QkvParts& qkv, const HeadLayout& heads, const Documents& documents, const at::Tensor& out, const at::Tensor& lse);
+  void Backward(const at::Tensor& dout, const QkvParts& qkv, const HeadLayout& heads, const Documents& documents, const at::Tensor& out, const at::Tensor& lse,
+                const QkvParts& dqkv, const at::Tensor& room);
 
  private:
+  // What cuDNN's plan is made for: the same for both passes.
+  AttentionShape ShapeOf(at::ScalarType type, const HeadLayout& heads, const DocumentsShape& documents, int64_t out_stride);
+  AttentionPath PathOf(at::ScalarType type, const HeadLayout& heads, const DocumentsShape& documents, int64_t out_stride);
+
   const at::Device device_;
-  DocumentsCache documents_;
-  bool cudnn_enabled_ = true;
   bool hopper_or_later_ = false;
   std::unique_ptr<CudnnAttention> cudnn_;
   std::set<std::string> reported_;  // why cuDNN did not serve, each logged once

@@ -15,18 +15,19 @@
 
 namespace ppft::trainer::cuda {
 
-// What a plan depends on. Lengths are rounded up, so that a few plans serve all packings.
+// What a plan depends on. uniform: all documents have the same length, and the plan knows it; the others read offsets and lengths from the table.
 struct AttentionShape {
-  AttentionShape(at::ScalarType type, const HeadLayout& heads, const Documents& documents, int64_t qkv_stride, int64_t out_stride);
-  auto Key() const { return std::tie(type, q_heads, kv_heads, head_dim, documents, longest, tokens, qkv_stride, out_stride); }
+  AttentionShape(at::ScalarType type, const HeadLayout& heads, const DocumentsShape& documents, int64_t out_stride, bool uniform);
+  auto Key() const { return std::tie(type, q_heads, kv_heads, head_dim, documents, longest, tokens, out_stride, uniform); }
   friend bool operator<(const AttentionShape& a, const AttentionShape& b) { return a.Key() < b.Key(); }
 
   at::ScalarType type;
   int64_t q_heads, kv_heads, head_dim;
-  int64_t documents;  // capacity
+  int64_t documents;  // capacity; uniform: their number
   int64_t longest;    // tokens of a document, at most
   int64_t tokens;     // of the micro-batch, at most
-  int64_t qkv_stride, out_stride;
+  int64_t out_stride;
+  bool uniform;
 };
 
 class CudnnAttention {
@@ -39,11 +40,11 @@ class CudnnAttention {
   // Whether cuDNN serves forward and backward of this shape; builds the plans at the first call (0.1 to 2 s). Otherwise `reason` (if not null) says why.
   bool Serves(const AttentionShape& shape, std::string* reason);
 
-  // Addresses and row strides must be multiples of 16 bytes. lse: room for tokens * q_heads fp32, laid out by token.
-  void Forward(const AttentionShape& shape, const HeadLayout& heads, Documents& documents, const at::Tensor& qkv, const at::Tensor& out, float* lse);
-  // Rows at any stride, dense ones best: the others are copied. dq, dk, dv: contiguous [tokens, heads * head_dim].
-  void Backward(const AttentionShape& shape, const HeadLayout& heads, Documents& documents, const at::Tensor& dout, const at::Tensor& qkv,
-                const at::Tensor& out, const float* lse, const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv);
+  // q, k, v and their gradients are contiguous, rows of out and dout out_stride apart; addresses and strides are multiples of 16 bytes. lse: room for
+  // tokens * q_heads fp32, laid out as the plan likes it. The table was made with this out_stride.
+  void Forward(const AttentionShape& shape, const DocumentTable& documents, const QkvParts& qkv, const at::Tensor& out, float* lse);
+  void Backward(const AttentionShape& shape, const DocumentTable& documents, const at::Tensor& dout, const QkvParts& qkv, const at::Tensor& out,
+                const float* lse, const QkvParts& dqkv, const at::Tensor& room);
 
  private:
   struct Plans;

@@ -1,52 +1,52 @@
-// The documents of a micro-batch on the device: cu_seqlens as the attention kernels read them, uploaded once for all layers.
+// The documents of a micro-batch as the attention kernels read them: one table of int32 words that is uploaded with the micro-batch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <list>
-#include <map>
 #include <vector>
+
+#include "worker/trainer/kernels/kernels.h"
 
 namespace ppft::trainer::cuda {
 
-class Documents {
- public:
-  // `cu_seqlens` rises from 0 to the number of tokens; empty documents are left out. The upload is asynchronous on the current stream.
-  Documents(std::vector<int32_t> cu_seqlens, const at::Device& device);
+// What a launch depends on. Rounded up, so that a few plans and captured passes serve all packings.
+struct DocumentsShape {
+  // `cu_seqlens` rises from 0 to the number of tokens; empty documents are left out.
+  explicit DocumentsShape(const std::vector<int32_t>& cu_seqlens);
 
-  const std::vector<int32_t>& cu_seqlens() const { return host_; }  // as given
-  int64_t tokens() const { return host_.back(); }
-  int64_t count() const { return count_; }
-  int64_t longest() const { return longest_; }
-  // count() rounded up to a power of two: the documents that the device tensors have room for.
-  int64_t capacity() const { return capacity_; }
-
-  const at::Tensor& cu() const { return cu_; }            // [capacity + 1] int32; past the last document the number of tokens
-  const at::Tensor& lengths() const { return lengths_; }  // [capacity] int32; past the last document 0
-  // [capacity + 1] int32: cu * stride, the first element of each document in rows `stride` apart. Made at the first call for a stride.
-  const at::Tensor& Offsets(int64_t stride);
-
- private:
-  std::vector<int32_t> host_;
-  int64_t count_ = 0;
-  int64_t longest_ = 0;
-  int64_t capacity_ = 0;
-  at::Tensor cu_, lengths_;
-  std::map<int64_t, at::Tensor> offsets_;
+  int64_t tokens = 0;
+  int64_t capacity = 0;  // the number of documents rounded up to a power of two
+  int64_t longest = 0;   // tokens of a document, likewise, at least 128
+  int64_t uniform = 0;   // tokens of each document where all have the same number, a multiple of 256; else 0
 };
 
-// The last micro-batches' documents, found again by content. Thread: one at a time.
-class DocumentsCache {
+// The distance of two rows of attention's output that its kernels write: `out_stride` where vectors of 16 bytes suit it, else dense rows, which are copied.
+int64_t RowStride(const HeadLayout& heads, int64_t out_stride);
+
+// The host's words. Past the last document the offsets stay at the end and the lengths are 0.
+std::vector<int32_t> DocumentWords(const std::vector<int32_t>& cu_seqlens, const HeadLayout& heads, int64_t out_stride);
+
+// The same words on the device.
+class DocumentTable {
  public:
-  explicit DocumentsCache(const at::Device& device) : device_(device) {}
-  // Valid until the next call.
-  Documents& Get(const std::vector<int32_t>& cu_seqlens);
+  // Uploads them where `documents` brings no table.
+  DocumentTable(const Documents& documents, const HeadLayout& heads, int64_t out_stride, const at::Device& device);
+
+  const DocumentsShape& shape() const { return shape_; }
+  at::Tensor cu() const { return words_.narrow(0, 0, shape_.capacity + 1); }  // [capacity + 1] int32
+  int32_t* lengths() const { return Row(1); }                                 // [capacity]
+  // [capacity + 1]: the first element of each document in rows of q, of k and v, of attention's output (RowStride apart), of log-sum-exp.
+  int32_t* q_offsets() const { return Row(2); }
+  int32_t* kv_offsets() const { return Row(3); }
+  int32_t* out_offsets() const { return Row(4); }
+  int32_t* stats_offsets() const { return Row(5); }
 
  private:
-  static constexpr size_t kEntries = 64;  // at least the micro-batches in flight on a stage
-  const at::Device device_;
-  std::list<Documents> entries_;  // most recently used first
+  int32_t* Row(int64_t index) const;
+
+  const DocumentsShape shape_;
+  at::Tensor words_;
 };
 
 }  // namespace ppft::trainer::cuda

@@ -11,6 +11,7 @@
 #include "absl/time/clock.h"
 #include "common/base/sha256.h"
 #include "common/base/status.h"
+#include "common/model/memory.h"
 #include "common/model/peft.h"
 #include "common/pipeline/lowering.h"
 #include "common/pipeline/schedule.h"
@@ -27,8 +28,13 @@ namespace {
 // Peers load their stages before they answer.
 constexpr absl::Duration kPeersLoad = absl::Minutes(10);
 
-// Of logits at a time: enough to fill a GPU.
+// Of logits at a time: enough to fill a GPU. Where memory counts they need no more than SwiGLU's output does.
 constexpr int64_t kDeviceHeadRows = 2048;
+constexpr int64_t kSmallHeadRows = 1024;
+// Micro-batches of up to so many tokens are padded to one of a few shapes.
+constexpr int64_t kMostPaddedTokens = 2048;
+constexpr int64_t kLeastTokenMultiple = 64;
+constexpr int64_t kShapes = 16;
 // A peer that gives no sign of life for so long is lost: a stopped process must not hold a device for minutes.
 constexpr absl::Duration kDevicePeerSilence = absl::Seconds(8);
 
@@ -89,7 +95,13 @@ StageOptions Trainer::OptionsOf(int stage) const {
   if (cuda_ != nullptr) {
     options.device = at::Device(at::kCUDA, 0);
     options.kernels = &cuda_->KernelsOf(0);
-    options.head_chunk_rows = kDeviceHeadRows;
+    options.head_chunk_rows = checkpointing_ == Checkpointing::kFull ? kSmallHeadRows : kDeviceHeadRows;
+    options.least_tokens = plan().microbatch_tokens;
+    // The host cannot launch small micro-batches as fast as a GPU does them: few shapes, captured. Padding large ones would cost more than it gains.
+    if (plan().microbatch_tokens <= kMostPaddedTokens) {
+      options.token_multiple = std::max<int64_t>(kLeastTokenMultiple, plan().microbatch_tokens / kShapes);
+    }
+    options.capture = config_.cuda_graphs && plan().microbatch_tokens <= model::kMostCapturedTokens;
   }
   options.lora.r = config_.adapter.r;
   options.lora.scale = config_.adapter.scale;

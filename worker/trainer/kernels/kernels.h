@@ -10,6 +10,9 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
+#include <memory>
+#include <utility>
 #include <vector>
 
 namespace ppft::trainer {
@@ -30,6 +33,40 @@ struct DropoutSequence {
   std::array<uint32_t, 2> key{};  // Philox key
   uint32_t stream = 0;
   double p = 0.0;  // probability of dropping, below 1; kept elements are scaled by 1 / (1 - p)
+  // [2] int32 on the kernels' device with the words of the key, which are then read when the kernel runs. On the CPU undefined.
+  at::Tensor device_key = {};
+};
+
+// The documents of a micro-batch, concatenated.
+struct Documents {
+  Documents() = default;
+  Documents(std::vector<int32_t> cu) : cu_seqlens(std::move(cu)) {}  // NOLINT: cu_seqlens are documents
+
+  std::vector<int32_t> cu_seqlens;  // [documents + 1] from 0 to T
+  // What Kernels::DocumentTable made of them, on the kernels' device; its address may be all that a captured pass knows of them. Undefined: made in each call.
+  at::Tensor table;
+};
+
+// q, k, v apart: [T, q_size] and twice [T, kv_size], contiguous.
+struct QkvParts {
+  at::Tensor q, k, v;
+};
+// The parts one after another in the memory of `block` ([T, row_size], contiguous).
+QkvParts PartsOf(const at::Tensor& block, const HeadLayout& heads);
+
+// The gradient of the loss with respect to one target's -log p.
+struct LossWeight {
+  LossWeight(double weight) : value(weight) {}  // NOLINT: a weight is a number
+
+  double value = 1.0;
+  at::Tensor device;  // [1] fp32 on the kernels' device, read when the kernel runs. On the CPU undefined
+};
+
+// Launches that were recorded once, to be repeated as a whole on the current stream: on the same addresses, with what lies there now.
+class CapturedWork {
+ public:
+  virtual ~CapturedWork() = default;
+  virtual void Launch() = 0;
 };
 
 class Kernels {
@@ -38,6 +75,8 @@ class Kernels {
 
   // out = a b, for products with a stored weight. a: rows [M, K]; b: [K, N], a matrix or its transpose; out: rows [M, N]. By default ATen's mm.
   virtual void MatMul(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out);
+  // sum += alpha * a b, in sum's type (acc); sum: [M, N] contiguous.
+  virtual void AddProduct(const at::Tensor& a, const at::Tensor& b, double alpha, const at::Tensor& sum);
 
   // sum = x + delta (sum may be x; without delta x is read and sum ignored); rstd[t] = 1 / sqrt(mean(sum[t]^2) + eps); normed = sum * rstd * weight.
   // x, delta, sum: [T, H]; weight: [H]; normed: rows [T, H]; rstd: [T] acc.
@@ -47,6 +86,9 @@ class Kernels {
   virtual void ApplyRmsNorm(const at::Tensor& x, const at::Tensor& rstd, const at::Tensor& weight, const at::Tensor& normed) = 0;
   // dx += gradient of the norm; the weight is frozen. dnormed: rows [T, H].
   virtual void RmsNormBackward(const at::Tensor& dnormed, const at::Tensor& x, const at::Tensor& rstd, const at::Tensor& weight, const at::Tensor& dx) = 0;
+  // RmsNormBackward and ApplyRmsNorm in one pass. normed: rows [T, H], may be dnormed.
+  virtual void RmsNormBackwardAndNormed(const at::Tensor& dnormed, const at::Tensor& x, const at::Tensor& rstd, const at::Tensor& weight, const at::Tensor& dx,
+                                        const at::Tensor& normed);
 
   // Rotates q and k of the packed rows in place, halves paired as Hugging Face's Llama does (column i with i + head_dim / 2).
   // qkv: rows [T, row_size]; cos, sin: [positions, head_dim / 2] acc; position: [T] int32. inverse: the transpose, for gradients.
@@ -56,23 +98,46 @@ class Kernels {
   virtual void SwiGlu(const at::Tensor& gate_up, const at::Tensor& out) = 0;
   // dgate_up from dout (rows [T, F]) and the saved gate_up; may overwrite gate_up itself.
   virtual void SwiGluBackward(const at::Tensor& dout, const at::Tensor& gate_up, const at::Tensor& dgate_up) = 0;
+  // Both in one pass: gated (rows [T, F]; may be dout where wants_parts()) is what SwiGlu gives, gate_up becomes its gradient.
+  virtual void SwiGluBackwardAndGated(const at::Tensor& dout, const at::Tensor& gate_up, const at::Tensor& gated);
 
   // Causal attention inside each document, scale 1 / sqrt(head_dim). qkv: rows [T, row_size] after RoPE; out: rows [T, q_size];
-  // lse: [q_heads, T] acc, log-sum-exp of the scores. cu_seqlens: [documents + 1] from 0 to T.
-  virtual void Attention(const at::Tensor& qkv, const HeadLayout& heads, const std::vector<int32_t>& cu_seqlens, const at::Tensor& out,
-                         const at::Tensor& lse) = 0;
+  // lse: [q_heads, T] acc, log-sum-exp of the scores.
+  virtual void Attention(const at::Tensor& qkv, const HeadLayout& heads, const Documents& documents, const at::Tensor& out, const at::Tensor& lse) = 0;
   // dqkv: rows [T, row_size], all written (before the inverse of RoPE).
-  virtual void AttentionBackward(const at::Tensor& dout, const at::Tensor& qkv, const HeadLayout& heads, const std::vector<int32_t>& cu_seqlens,
-                                 const at::Tensor& out, const at::Tensor& lse, const at::Tensor& dqkv) = 0;
+  virtual void AttentionBackward(const at::Tensor& dout, const at::Tensor& qkv, const HeadLayout& heads, const Documents& documents, const at::Tensor& out,
+                                 const at::Tensor& lse, const at::Tensor& dqkv) = 0;
+
+  // Devices whose attention wants q, k, v apart say so and have these four: RoPE from rows into parts, its transpose from parts into rows, attention between
+  // parts.
+  virtual bool wants_parts() const { return false; }
+  virtual void RopeToParts(const at::Tensor& rows, const HeadLayout& heads, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& position,
+                           const QkvParts& parts);
+  virtual void RopeFromParts(const QkvParts& parts, const HeadLayout& heads, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& position,
+                             const at::Tensor& rows);
+  virtual void AttentionOfParts(const QkvParts& qkv, const HeadLayout& heads, const Documents& documents, const at::Tensor& out, const at::Tensor& lse);
+  // room: contiguous memory that may be overwritten, for a workspace; or undefined.
+  virtual void AttentionBackwardOfParts(const at::Tensor& dout, const QkvParts& qkv, const HeadLayout& heads, const Documents& documents, const at::Tensor& out,
+                                        const at::Tensor& lse, const QkvParts& dqkv, const at::Tensor& room);
+  // The words of Documents::table, whose number depends on the documents' rounded up to a power of two; empty where attention needs none. out_stride: of the
+  // rows of Attention's out.
+  virtual std::vector<int32_t> DocumentTable(const std::vector<int32_t>& cu_seqlens, const HeadLayout& heads, int64_t out_stride) const;
 
   // *loss_sum [1] fp64 += sum over rows of -log softmax(logits)[target]. With with_gradient logits become weight * (softmax - onehot), else they are
-  // spoiled. logits: [N, V]; targets: [N] int64.
-  virtual void CrossEntropy(const at::Tensor& logits, const at::Tensor& targets, double weight, bool with_gradient, const at::Tensor& loss_sum) = 0;
+  // spoiled. logits: [N, V]; targets: [N] int64; a row with target -1 counts for nothing and its gradient is 0 (not on the CPU).
+  virtual void CrossEntropy(const at::Tensor& logits, const at::Tensor& targets, const LossWeight& weight, bool with_gradient, const at::Tensor& loss_sum) = 0;
+
+  // out[t] = rows[row_of[t]], 0 where that is negative. rows: [N, H], out: [T, H] contiguous; row_of: [T] int32.
+  virtual void SpreadRows(const at::Tensor& rows, const at::Tensor& row_of, const at::Tensor& out);
 
   // out = x with dropped elements 0 and kept ones scaled. x, out: rows [T, H]; out may be x.
   virtual void Dropout(const at::Tensor& x, const DropoutSequence& sequence, const at::Tensor& out) = 0;
   // dx += dropout's gradient: the same mask and scale on dout. rows [T, H].
   virtual void DropoutBackward(const at::Tensor& dout, const DropoutSequence& sequence, const at::Tensor& dx) = 0;
+
+  // Records what `work` launches on the current stream without doing it; null where that is not possible. Everything that work needs for the first time (plans,
+  // workspaces) has to be there: do it once before. What work throws is thrown.
+  virtual std::unique_ptr<CapturedWork> Capture(const std::function<void()>& work);
 };
 
 // The CPU's kernels: stateless, shared, usable from any thread.

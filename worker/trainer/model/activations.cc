@@ -23,10 +23,13 @@ LayerActivations LayerActivations::Rows(int64_t tokens) const {
   return rows;
 }
 
-ActivationPool::ActivationPool(int num_layers, const LayerSizes& sizes, Checkpointing checkpointing, const at::TensorOptions& compute, at::ScalarType acc)
-    : num_layers_(num_layers), sizes_(sizes), checkpointing_(checkpointing), compute_(compute), acc_(acc) {}
+ActivationPool::ActivationPool(int num_layers, const LayerSizes& sizes, Checkpointing checkpointing, const at::TensorOptions& compute, at::ScalarType acc,
+                               int64_t least_tokens)
+    : num_layers_(num_layers), sizes_(sizes), checkpointing_(checkpointing), compute_(compute), acc_(acc), least_tokens_(least_tokens) {}
 
-std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing) const {
+std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing) {
+  tokens = std::max(tokens, least_tokens_);
+  ++generation_;
   auto set = std::make_unique<MicrobatchActivations>();
   set->capacity = tokens;
   const auto rows = [&](int64_t columns) {
@@ -108,23 +111,60 @@ void ActivationPool::Release(int microbatch) {
   kept_.erase(it);
 }
 
+int64_t ActivationPool::BytesOf(const MicrobatchActivations& set) {
+  int64_t bytes = set.bytes;
+  for (const at::Tensor* tensor : {&set.microbatch.block, &set.head_gradient}) bytes += tensor->defined() ? static_cast<int64_t>(tensor->nbytes()) : 0;
+  return bytes;
+}
+
 int64_t ActivationPool::kept_bytes() const {
   int64_t bytes = 0;
-  for (const auto& [microbatch, set] : kept_) bytes += set->bytes;
+  for (const auto& [microbatch, set] : kept_) bytes += BytesOf(*set);
   return bytes;
 }
 
 int64_t ActivationPool::held_bytes() const {
-  int64_t bytes = kept_bytes() + (transient_ == nullptr ? 0 : transient_->bytes);
-  for (const auto& set : free_) bytes += set->bytes;
+  int64_t bytes = kept_bytes() + (transient_ == nullptr ? 0 : BytesOf(*transient_));
+  for (const auto& set : free_) bytes += BytesOf(*set);
   return bytes;
 }
 
+int64_t Scratch::held_bytes() const {
+  int64_t bytes = 0;
+  for (const at::Tensor& buffer : buffers_) bytes += buffer.defined() ? static_cast<int64_t>(buffer.nbytes()) : 0;
+  return bytes;
+}
+
+namespace {
+
+// The role whose buffer `role` takes where buffers are shared. In each of the three (forward through a layer, the head, backward through a layer) the roles of
+// one buffer follow one another: the input of a linear is dead when SwiGLU's output is made, that one when the layer ends; a block's output is read before
+// the rows of the next q k v are made.
+Scratch::Role OwnerOf(Scratch::Role role) {
+  switch (role) {
+    case Scratch::kNormed:
+    case Scratch::kGradient:
+    case Scratch::kHeadDelta:
+    case Scratch::kLogits:
+      return Scratch::kGated;
+    case Scratch::kQkvGradient:
+    case Scratch::kHeadNormed:
+      return Scratch::kBlockOut;
+    case Scratch::kHeadHidden:
+      return Scratch::kHiddenGradient;
+    default:
+      return role;
+  }
+}
+
+}  // namespace
+
 at::Tensor Scratch::Get(Role role, int64_t rows, int64_t columns) {
-  at::Tensor& buffer = buffers_[role];
+  at::Tensor& buffer = buffers_[shared_ ? OwnerOf(role) : role];
   if (!buffer.defined() || buffer.numel() < rows * columns) {
     buffer.reset();
-    buffer = at::empty({rows * columns}, compute_);
+    buffer = at::empty({(role == kLogits ? rows : std::max(rows, least_rows_)) * columns}, compute_);
+    ++generation_;
   }
   return buffer.narrow(0, 0, rows * columns).view({rows, columns});
 }

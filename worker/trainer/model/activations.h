@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "worker/trainer/model/microbatch_tensors.h"
 #include "worker/trainer/model/stage_model.h"
 
 namespace ppft::trainer {
@@ -42,17 +43,18 @@ struct LayerActivations {
 
 // One micro-batch in flight.
 struct MicrobatchActivations {
-  int64_t capacity = 0;  // tokens that fit
-  int64_t bytes = 0;
+  int64_t capacity = 0;                  // tokens that fit
+  int64_t bytes = 0;                     // of the layers
   std::vector<LayerActivations> layers;  // `capacity` rows each
-  at::Tensor position;                   // [tokens] int32
-  at::Tensor target_rows;                // [targets] int64; last stage
-  at::Tensor head_gradient;              // [targets, hidden]: gradient of the last hidden state at target_rows
+  MicrobatchTensors microbatch;
+  at::Tensor head_gradient;  // [targets, hidden]: gradient of the last hidden state at target_rows; last stage
 };
 
 class ActivationPool {
  public:
-  ActivationPool(int num_layers, const LayerSizes& sizes, Checkpointing checkpointing, const at::TensorOptions& compute, at::ScalarType acc);
+  // Sets are made for at least `least_tokens`.
+  ActivationPool(int num_layers, const LayerSizes& sizes, Checkpointing checkpointing, const at::TensorOptions& compute, at::ScalarType acc,
+                 int64_t least_tokens);
 
   // A free set of buffers for that micro-batch, with what is kept; FindKept gives it until Release. Overwrites one that is already kept.
   MicrobatchActivations& Keep(int microbatch, int64_t tokens);
@@ -62,33 +64,47 @@ class ActivationPool {
   LayerActivations Rows(const MicrobatchActivations& set, size_t layer, int64_t tokens);
   MicrobatchActivations* FindKept(int microbatch);
   void Release(int microbatch);
+  // With the micro-batch's numbers and the head's gradient.
   int64_t kept_bytes() const;
   int64_t held_bytes() const;  // of all sets, in use or not
+  // Changes whenever a set's memory comes or goes.
+  int64_t generation() const { return generation_; }
 
  private:
-  std::unique_ptr<MicrobatchActivations> Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing) const;
+  static int64_t BytesOf(const MicrobatchActivations& set);
+  std::unique_ptr<MicrobatchActivations> Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing);
 
   const size_t num_layers_;
   const LayerSizes sizes_;
   const Checkpointing checkpointing_;
   const at::TensorOptions compute_;
   const at::ScalarType acc_;
+  const int64_t least_tokens_;
+  int64_t generation_ = 0;
   std::map<int, std::unique_ptr<MicrobatchActivations>> kept_;
   std::vector<std::unique_ptr<MicrobatchActivations>> free_;
   std::unique_ptr<MicrobatchActivations> transient_;
 };
 
-// Buffers by role; a role's content is valid until its next use.
+// Buffers by role; a role's content is valid until the next use of its buffer.
 class Scratch {
  public:
   enum Role { kNormed, kGated, kBlockOut, kDropped, kGradient, kQkvGradient, kHiddenGradient, kHeadHidden, kHeadDelta, kHeadNormed, kLogits, kRoles };
 
-  explicit Scratch(const at::TensorOptions& compute) : compute_(compute) {}
+  // Buffers are made for at least `least_rows`, those of the logits excepted. shared: roles that are never in use at once, where the backward pass works in
+  // place (Kernels::wants_parts), have one buffer together.
+  Scratch(const at::TensorOptions& compute, int64_t least_rows, bool shared) : compute_(compute), least_rows_(least_rows), shared_(shared) {}
   // [rows, columns] contiguous, content undefined.
   at::Tensor Get(Role role, int64_t rows, int64_t columns);
+  int64_t held_bytes() const;
+  // Changes whenever a buffer moves.
+  int64_t generation() const { return generation_; }
 
  private:
   const at::TensorOptions compute_;
+  const int64_t least_rows_;
+  const bool shared_;
+  int64_t generation_ = 0;
   std::array<at::Tensor, kRoles> buffers_;
 };
 

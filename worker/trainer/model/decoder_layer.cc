@@ -6,7 +6,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/base/status.h"
-#include "common/data/philox.h"
 #include "common/model/inventory.h"
 
 namespace ppft::trainer {
@@ -44,10 +43,10 @@ DecoderLayer::DecoderLayer(const model::ModelConfig& config, const StageOptions&
       layer_(layer),
       heads_{config.num_attention_heads, config.num_key_value_heads, config.head_dim},
       kernels_(kernels),
-      qkv_(config.hidden_size, lora_.r, lora_.scale, StackOf(config, lora_, layer, {0, 1, 2}), compute, options.weights == WeightHome::kResident, kernels),
-      o_(config.query_size(), lora_.r, lora_.scale, StackOf(config, lora_, layer, {3}), compute, options.weights == WeightHome::kResident, kernels),
-      gate_up_(config.hidden_size, lora_.r, lora_.scale, StackOf(config, lora_, layer, {4, 5}), compute, options.weights == WeightHome::kResident, kernels),
-      down_(config.intermediate_size, lora_.r, lora_.scale, StackOf(config, lora_, layer, {6}), compute, options.weights == WeightHome::kResident, kernels),
+      qkv_(config.hidden_size, lora_, StackOf(config, lora_, layer, {0, 1, 2}), compute, options.weights == WeightHome::kResident, true, kernels),
+      o_(config.query_size(), lora_, StackOf(config, lora_, layer, {3}), compute, options.weights == WeightHome::kResident, true, kernels),
+      gate_up_(config.hidden_size, lora_, StackOf(config, lora_, layer, {4, 5}), compute, options.weights == WeightHome::kResident, false, kernels),
+      down_(config.intermediate_size, lora_, StackOf(config, lora_, layer, {6}), compute, options.weights == WeightHome::kResident, true, kernels),
       input_norm_(at::empty({config.hidden_size}, compute)),
       middle_norm_(at::empty({config.hidden_size}, compute)) {}
 
@@ -91,16 +90,11 @@ LayerSizes DecoderLayer::sizes() const {
   return sizes;
 }
 
-// Keyed by (seed, step, micro-batch, layer, module): the same numbers whatever stage the layer is on.
 std::vector<DropoutSequence> DecoderLayer::DropoutOf(const LayerPass& pass, const LoraLinear& linear) const {
-  if (lora_.dropout <= 0 || !pass.input.training || linear.lora_columns() == 0) return {};
-  const uint64_t step = static_cast<uint64_t>(pass.input.step);
-  const data::PhiloxBlock key = data::Philox4x32({static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), static_cast<uint32_t>(pass.input.microbatch),
-                                                  static_cast<uint32_t>(data::PhiloxDomain::kDropout)},
-                                                 {static_cast<uint32_t>(lora_.seed), static_cast<uint32_t>(lora_.seed >> 32)});
+  if (lora_.dropout <= 0 || !pass.microbatch.training || linear.lora_columns() == 0) return {};
   std::vector<DropoutSequence> sequences;
   for (const LoraModule& module : linear.modules()) {
-    sequences.push_back({{key[0], key[1]}, static_cast<uint32_t>(layer_ * 8 + module.index), lora_.dropout});
+    sequences.push_back({pass.microbatch.dropout_key, static_cast<uint32_t>(layer_ * 8 + module.index), lora_.dropout, pass.microbatch.device_dropout_key});
   }
   return sequences;
 }
@@ -127,10 +121,20 @@ at::Tensor DecoderLayer::ForwardToDown(const LayerPass& pass, const at::Tensor& 
   const int64_t hidden = config_.hidden_size;
   const at::Tensor x1 = pass.scratch.Get(Scratch::kNormed, tokens, hidden + qkv_.lora_columns());
   kernels_.AddRmsNorm(base, delta, input_norm_, config_.rms_norm_eps, saved.hidden, x1.narrow(1, 0, hidden), saved.hidden_rstd);
-  Apply(pass, qkv_, x1, saved.qkv);
+  const MicrobatchTensors& microbatch = pass.microbatch;
+  const at::Tensor attended = saved.attention.narrow(1, 0, heads_.q_size());
+  // Where the device wants parts, saved.qkv holds those and the rows pass through scratch.
+  const at::Tensor rows = kernels_.wants_parts() ? pass.scratch.Get(Scratch::kQkvGradient, tokens, heads_.row_size()) : saved.qkv;
+  Apply(pass, qkv_, x1, rows);
   saved.qkv_lora.copy_(x1.narrow(1, hidden, qkv_.lora_columns()));
-  kernels_.Rope(saved.qkv, heads_, pass.rope.cos(), pass.rope.sin(), pass.position, /*inverse=*/false);
-  kernels_.Attention(saved.qkv, heads_, pass.input.cu_seqlens, saved.attention.narrow(1, 0, heads_.q_size()), saved.lse);
+  if (kernels_.wants_parts()) {
+    const QkvParts parts = PartsOf(saved.qkv, heads_);
+    kernels_.RopeToParts(rows, heads_, pass.rope.cos(), pass.rope.sin(), microbatch.position, parts);
+    kernels_.AttentionOfParts(parts, heads_, microbatch.documents, attended, saved.lse);
+  } else {
+    kernels_.Rope(rows, heads_, pass.rope.cos(), pass.rope.sin(), microbatch.position, /*inverse=*/false);
+    kernels_.Attention(rows, heads_, microbatch.documents, attended, saved.lse);
+  }
   const at::Tensor block_out = pass.scratch.Get(Scratch::kBlockOut, tokens, hidden);
   Apply(pass, o_, saved.attention, block_out);
 
@@ -165,35 +169,72 @@ void DecoderLayer::Backward(const LayerPass& pass, const LayerActivations& saved
   const int64_t tokens = dhidden.size(0);
   const int64_t hidden = config_.hidden_size;
   const int64_t ffn = config_.intermediate_size;
-  // Returns the gradient of the linear's input: rows [T, in] of scratch kGradient.
-  const auto linear = [&](LoraLinear& layer, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora, bool dx_needed) {
-    const std::vector<DropoutSequence> dropout = DropoutOf(pass, layer);
+  const bool in_place = kernels_.wants_parts();  // the input of a linear, made again, takes the place of its gradient
+  // The gradient of the linear's input: rows [T, in] of scratch kGradient; d for the adapters' gradients.
+  struct Step {
+    at::Tensor dx, d;
+    std::vector<DropoutSequence> dropout;
+    at::Tensor dropped;
+  };
+  const auto input_of = [&](LoraLinear& layer, const at::Tensor& dy, bool dx_needed) {
+    Step step;
+    step.dropout = DropoutOf(pass, layer);
+    step.dropped = DroppedBuffer(pass, step.dropout, tokens, layer.in());
     const at::Tensor dx = pass.scratch.Get(Scratch::kGradient, tokens, layer.in() + layer.lora_columns());
-    layer.Backward(dy, x, lora, dx, dx_needed, dropout, DroppedBuffer(pass, dropout, tokens, layer.in()));
-    return dx.narrow(1, 0, layer.in());
+    step.d = layer.InputGradient(dy, dx, dx_needed, step.dropout, step.dropped);
+    step.dx = dx.narrow(1, 0, layer.in());
+    return step;
+  };
+  const auto adapters_of = [](LoraLinear& layer, const Step& step, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora) {
+    layer.AdapterGradients(dy, x, lora, step.d, step.dropout, step.dropped);
+  };
+  // Through a norm that feeds `layer`: adds to dhidden and gives the norm's output again.
+  const auto through_norm = [&](LoraLinear& layer, const Step& step, const at::Tensor& x, const at::Tensor& rstd, const at::Tensor& weight, bool dx_needed) {
+    const at::Tensor normed = in_place ? step.dx : pass.scratch.Get(Scratch::kNormed, tokens, hidden);
+    if (layer.lora_columns() == 0) {
+      if (dx_needed) kernels_.RmsNormBackward(step.dx, x, rstd, weight, dhidden);
+    } else if (dx_needed) {
+      kernels_.RmsNormBackwardAndNormed(step.dx, x, rstd, weight, dhidden, normed);
+    } else {
+      kernels_.ApplyRmsNorm(x, rstd, weight, normed);
+    }
+    return normed;
   };
 
-  at::Tensor gated;
-  if (down_.lora_columns() > 0) {
-    gated = pass.scratch.Get(Scratch::kGated, tokens, ffn);
-    kernels_.SwiGlu(saved.gate_up, gated);
-  }
-  const at::Tensor dgated = linear(down_, dhidden, gated, saved.down_lora, true);
+  const Step down = input_of(down_, dhidden, true);
   const at::Tensor dgate_up = saved.gate_up;  // in place: the saved values are not needed again
-  kernels_.SwiGluBackward(dgated, saved.gate_up, dgate_up);
-  const at::Tensor normed = pass.scratch.Get(Scratch::kNormed, tokens, hidden);
-  if (gate_up_.lora_columns() > 0) kernels_.ApplyRmsNorm(saved.middle, saved.middle_rstd, middle_norm_, normed);
-  const at::Tensor dnormed2 = linear(gate_up_, dgate_up, normed, saved.gate_up_lora, true);
-  kernels_.RmsNormBackward(dnormed2, saved.middle, saved.middle_rstd, middle_norm_, dhidden);
+  if (down_.lora_columns() > 0) {
+    const at::Tensor gated = in_place ? down.dx : pass.scratch.Get(Scratch::kGated, tokens, ffn);
+    kernels_.SwiGluBackwardAndGated(down.dx, saved.gate_up, gated);
+    adapters_of(down_, down, dhidden, gated, saved.down_lora);
+  } else {
+    kernels_.SwiGluBackward(down.dx, saved.gate_up, dgate_up);
+  }
+  const Step gate_up = input_of(gate_up_, dgate_up, true);
+  adapters_of(gate_up_, gate_up, dgate_up, through_norm(gate_up_, gate_up, saved.middle, saved.middle_rstd, middle_norm_, true), saved.gate_up_lora);
 
   const at::Tensor attention = saved.attention.narrow(1, 0, heads_.q_size());
-  const at::Tensor dattention = linear(o_, dhidden, attention, saved.attention.narrow(1, heads_.q_size(), o_.lora_columns()), true);
-  const at::Tensor dqkv = pass.scratch.Get(Scratch::kQkvGradient, tokens, heads_.row_size());
-  kernels_.AttentionBackward(dattention, saved.qkv, heads_, pass.input.cu_seqlens, attention, saved.lse, dqkv);
-  kernels_.Rope(dqkv, heads_, pass.rope.cos(), pass.rope.sin(), pass.position, /*inverse=*/true);
-  if (qkv_.lora_columns() > 0) kernels_.ApplyRmsNorm(saved.hidden, saved.hidden_rstd, input_norm_, normed);
-  const at::Tensor dnormed1 = linear(qkv_, dqkv, normed, saved.qkv_lora, input_gradient);
-  if (input_gradient) kernels_.RmsNormBackward(dnormed1, saved.hidden, saved.hidden_rstd, input_norm_, dhidden);
+  // The gradients of q, k and v, apart, lie behind attention's.
+  const int64_t o_columns = o_.in() + o_.lora_columns();
+  at::Tensor block;
+  if (kernels_.wants_parts()) {
+    const at::Tensor both = pass.scratch.Get(Scratch::kGradient, tokens, o_columns + heads_.row_size()).view({-1});
+    block = both.narrow(0, tokens * o_columns, tokens * heads_.row_size()).view({tokens, heads_.row_size()});
+  }
+  const Step o = input_of(o_, dhidden, true);
+  adapters_of(o_, o, dhidden, attention, saved.attention.narrow(1, heads_.q_size(), o_.lora_columns()));
+  const at::Tensor dqkv = pass.scratch.Get(Scratch::kQkvGradient, tokens, heads_.row_size() + qkv_.gradient_columns()).narrow(1, 0, heads_.row_size());
+  const MicrobatchTensors& microbatch = pass.microbatch;
+  if (block.defined()) {
+    const QkvParts gradients = PartsOf(block, heads_);
+    kernels_.AttentionBackwardOfParts(o.dx, PartsOf(saved.qkv, heads_), heads_, microbatch.documents, attention, saved.lse, gradients, /*room=*/dgate_up);
+    kernels_.RopeFromParts(gradients, heads_, pass.rope.cos(), pass.rope.sin(), microbatch.position, dqkv);
+  } else {
+    kernels_.AttentionBackward(o.dx, saved.qkv, heads_, microbatch.documents, attention, saved.lse, dqkv);
+    kernels_.Rope(dqkv, heads_, pass.rope.cos(), pass.rope.sin(), microbatch.position, /*inverse=*/true);
+  }
+  const Step qkv = input_of(qkv_, dqkv, input_gradient);
+  adapters_of(qkv_, qkv, dqkv, through_norm(qkv_, qkv, saved.hidden, saved.hidden_rstd, input_norm_, input_gradient), saved.qkv_lora);
 }
 
 }  // namespace ppft::trainer

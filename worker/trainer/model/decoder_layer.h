@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -14,6 +15,7 @@
 #include "worker/trainer/kernels/kernels.h"
 #include "worker/trainer/model/activations.h"
 #include "worker/trainer/model/lora_linear.h"
+#include "worker/trainer/model/microbatch_tensors.h"
 #include "worker/trainer/model/rope.h"
 #include "worker/trainer/model/stage_model.h"
 
@@ -21,9 +23,8 @@ namespace ppft::trainer {
 
 // What is the same for all layers of one pass over one micro-batch.
 struct LayerPass {
-  const MicrobatchInput& input;
+  const MicrobatchTensors& microbatch;
   const RopeTable& rope;
-  const at::Tensor& position;  // [T] int32
   Scratch& scratch;
 };
 
@@ -38,14 +39,19 @@ class DecoderLayer {
   // Uses `weights` ([weight_size()], contiguous) as the matrices from now on and writes the adapters' columns into them.
   void Place(const at::Tensor& weights);
   LayerSizes sizes() const;
+  const HeadLayout& heads() const { return heads_; }
 
   // saved: T rows. delta may be undefined. Returns the layer's contribution to its residual stream saved.middle: [T, hidden] scratch kBlockOut.
   at::Tensor Forward(const LayerPass& pass, const at::Tensor& base, const at::Tensor& delta, const LayerActivations& saved);
   // What Forward put into `saved`, again and to the bit: everything (from saved.hidden), or gate_up alone (from saved.middle).
   void Recompute(const LayerPass& pass, const LayerActivations& saved);
   void RecomputeGateUp(const LayerPass& pass, const LayerActivations& saved);
-  // dhidden: [T, hidden], gradient of the layer's output; becomes the gradient of its input (unspecified unless input_gradient).
+  // dhidden: rows [T, hidden] with gradient_columns() more behind them, gradient of the layer's output; becomes the gradient of its input (unspecified unless
+  // input_gradient).
   void Backward(const LayerPass& pass, const LayerActivations& saved, const at::Tensor& dhidden, bool input_gradient);
+
+  // What the rows of dhidden must have room for.
+  int64_t gradient_columns() const { return std::max(o_.gradient_columns(), down_.gradient_columns()); }
 
   // q,k,v; o; gate,up; down.
   std::vector<LoraLinear*> linears() { return {&qkv_, &o_, &gate_up_, &down_}; }

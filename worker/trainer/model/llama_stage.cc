@@ -1,4 +1,5 @@
 // StageModel of LlamaForCausalLM.
+#include <ATen/Context.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -9,7 +10,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -20,6 +20,7 @@
 #include "common/model/inventory.h"
 #include "common/model/peft.h"
 #include "worker/trainer/model/activations.h"
+#include "worker/trainer/model/captured_passes.h"
 #include "worker/trainer/model/decoder_layer.h"
 #include "worker/trainer/model/loss_head.h"
 #include "worker/trainer/model/rope.h"
@@ -56,7 +57,8 @@ class LlamaStage final : public StageModel {
         acc_(options.compute == at::kDouble ? at::kDouble : at::kFloat),
         kernels_(options.kernels != nullptr ? *options.kernels : CpuKernels()),
         rope_(config, compute_.dtype(acc_)),
-        scratch_(compute_) {}
+        scratch_(compute_, options.least_tokens, kernels_.wants_parts()),
+        passes_(kernels_, options.capture && options.weights == WeightHome::kResident) {}
 
   absl::Status Load();
   absl::Status Idle(bool backward) override;
@@ -78,6 +80,7 @@ class LlamaStage final : public StageModel {
   absl::Status ForEachMerged(at::ScalarType dtype, const std::function<absl::Status(const std::string& name, const at::Tensor& tensor)>& visit) override;
   std::vector<model::ExpectedTensor> merged_tensors() const override;
   int64_t activation_bytes() const override { return pool_->kept_bytes(); }
+  int64_t captured_launches() const override { return passes_.launches(); }
 
  private:
   // The residual stream after the last layer: base + delta.
@@ -95,10 +98,18 @@ class LlamaStage final : public StageModel {
   void BeginGradients(size_t i);
   absl::Status SumGradients(size_t i);
   absl::Status EndSum();
-  at::Tensor OnDevice(const at::Tensor& host) const;
   absl::Status CheckInput(const MicrobatchInput& input, const at::Tensor& hidden_in) const;
-  absl::StatusOr<Residual> RunLayers(const MicrobatchInput& input, const at::Tensor& hidden_in, MicrobatchActivations& saved);
-  LayerPass PassOf(const MicrobatchInput& input, const MicrobatchActivations& saved) { return {input, rope_, saved.position, scratch_}; }
+  // The micro-batch's numbers and its rows at the stage's entry.
+  void Prepare(const MicrobatchInput& input, const at::Tensor& hidden_in, MicrobatchActivations& saved);
+  absl::StatusOr<Residual> RunLayers(MicrobatchActivations& saved);
+  Residual ResidualOf(MicrobatchActivations& saved);  // that RunLayers left
+  at::Tensor RunHead(MicrobatchActivations& saved, bool keep_for_backward);
+  absl::Status RunBackward(MicrobatchActivations& saved, const at::Tensor& dhidden);
+  // Of the gradient of the stage's output, in scratch.
+  at::Tensor GradientRows(int64_t tokens);
+  LayerPass PassOf(const MicrobatchActivations& saved) { return {saved.microbatch, rope_, scratch_}; }
+  PassKey KeyOf(int what, const MicrobatchActivations& saved) const;
+  int64_t generation() const { return scratch_.generation() + pool_->generation() + rope_.generation() + moves_; }
 
   // Constant after Load.
   const model::ModelConfig config_;
@@ -125,9 +136,13 @@ class LlamaStage final : public StageModel {
   bool summing_ = false;
   at::Tensor loss_total_;  // [1] fp64; last stage
   std::vector<Parameter> parameters_;
+  MicrobatchLayout layout_;
+  int64_t gradient_columns_ = 0;  // of the rows of dhidden behind `hidden`
+  int64_t moves_ = 0;             // of the micro-batches' blocks
   RopeTable rope_;
   Scratch scratch_;
   std::unique_ptr<ActivationPool> pool_;
+  CapturedPasses passes_;
 };
 
 absl::Status LlamaStage::Load() {
@@ -160,7 +175,9 @@ absl::Status LlamaStage::Load() {
     head_.emplace(norm, weight, config_.rms_norm_eps, options_.head_chunk_rows, kernels_);
     loss_total_ = at::zeros({1}, compute_.dtype(at::kDouble));
   }
-  pool_ = std::make_unique<ActivationPool>(options_.num_layers, layers_[0]->sizes(), options_.checkpointing, compute_, acc_);
+  pool_ = std::make_unique<ActivationPool>(options_.num_layers, layers_[0]->sizes(), options_.checkpointing, compute_, acc_, options_.least_tokens);
+  layout_ = {options_.device, layers_[0]->heads(), layers_[0]->sizes().attention, options_.token_multiple, options_.lora.seed};
+  for (const auto& layer : layers_) gradient_columns_ = std::max(gradient_columns_, layer->gradient_columns());
   return absl::OkStatus();
 }
 
@@ -278,12 +295,15 @@ HeldBytes LlamaStage::held_bytes() const {
   for (const auto& layer : layers_) {
     held.weights += 2 * config_.hidden_size * element + (options_.weights == WeightHome::kResident ? layer->weight_size() * element : 0);
     if (acc_ == options_.compute) continue;
-    for (LoraLinear* linear : layer->linears()) held.masters += linear->lora_columns() * linear->in() * element;
+    for (LoraLinear* linear : layer->linears()) {
+      if (linear->gradient_columns() == 0) held.masters += linear->lora_columns() * linear->in() * element;
+    }
   }
   if (sharded_ != nullptr) held.weights += sharded_->held_bytes();
   held.masters += bytes(masters_);
   held.gradients = bytes(gradients_) + bytes(layer_gradients_[0]) + bytes(layer_gradients_[1]) + bytes(gradient_shard_);
   held.activations = pool_->held_bytes();
+  held.scratch = scratch_.held_bytes();
   return held;
 }
 
@@ -329,14 +349,6 @@ FlatParameters LlamaStage::flat_parameters() {
   return flat;
 }
 
-// The copy to a device goes through pinned memory, which the allocator keeps until it is done: nothing waits.
-at::Tensor LlamaStage::OnDevice(const at::Tensor& host) const {
-  if (options_.device.is_cpu() || !host.defined()) return host;
-  at::Tensor pinned = at::empty(host.sizes(), host.options().pinned_memory(true));
-  std::memcpy(pinned.data_ptr(), host.data_ptr(), host.nbytes());
-  return pinned.to(options_.device, /*non_blocking=*/true);
-}
-
 absl::Status LlamaStage::CheckInput(const MicrobatchInput& input, const at::Tensor& hidden_in) const {
   if (input.cu_seqlens.size() < 2 || input.cu_seqlens.front() != 0 || !std::is_sorted(input.cu_seqlens.begin(), input.cu_seqlens.end()) ||
       input.cu_seqlens.back() < 1) {
@@ -350,26 +362,25 @@ absl::Status LlamaStage::CheckInput(const MicrobatchInput& input, const at::Tens
   return absl::OkStatus();
 }
 
-absl::StatusOr<LlamaStage::Residual> LlamaStage::RunLayers(const MicrobatchInput& input, const at::Tensor& hidden_in, MicrobatchActivations& saved) {
-  const int64_t tokens = input.cu_seqlens.back();
-  at::Tensor position = at::empty({tokens}, at::kInt);
-  int32_t* const positions = position.data_ptr<int32_t>();
-  int32_t longest = 0;
-  for (size_t d = 0; d + 1 < input.cu_seqlens.size(); ++d) {
-    for (int32_t t = input.cu_seqlens[d]; t < input.cu_seqlens[d + 1]; ++t) positions[t] = t - input.cu_seqlens[d];
-    longest = std::max(longest, input.cu_seqlens[d + 1] - input.cu_seqlens[d]);
-  }
-  saved.position = OnDevice(position);
-  rope_.Reserve(longest);
-
-  at::Tensor base = saved.layers[0].hidden.narrow(0, 0, tokens);
+void LlamaStage::Prepare(const MicrobatchInput& input, const at::Tensor& hidden_in, MicrobatchActivations& saved) {
+  MicrobatchTensors& microbatch = saved.microbatch;
+  if (FillMicrobatch(layout_, kernels_, input, saved.capacity, &microbatch)) ++moves_;
+  rope_.Reserve(std::max(microbatch.longest, options_.least_tokens));
+  at::Tensor real = saved.layers[0].hidden.narrow(0, 0, microbatch.real_tokens);
   if (options_.has_embedding) {
-    at::index_select_out(base, embedding_, 0, OnDevice(input.ids));
+    at::index_select_out(real, embedding_, 0, microbatch.ids);
   } else {
-    base.copy_(hidden_in);
+    real.copy_(hidden_in);
   }
+  const int64_t padding = microbatch.tokens - microbatch.real_tokens;
+  if (padding > 0) saved.layers[0].hidden.narrow(0, microbatch.real_tokens, padding).zero_();
+}
+
+absl::StatusOr<LlamaStage::Residual> LlamaStage::RunLayers(MicrobatchActivations& saved) {
+  const int64_t tokens = saved.microbatch.tokens;
+  at::Tensor base = saved.layers[0].hidden.narrow(0, 0, tokens);
   at::Tensor delta;
-  const LayerPass pass = PassOf(input, saved);
+  const LayerPass pass = PassOf(saved);
   for (size_t i = 0; i < layers_.size(); ++i) {
     PPFT_RETURN_IF_ERROR(UseLayer(i, i + 1 < layers_.size() ? static_cast<int>(i) + 1 : -1));
     const LayerActivations rows = pool_->Rows(saved, i, tokens);
@@ -379,29 +390,91 @@ absl::StatusOr<LlamaStage::Residual> LlamaStage::RunLayers(const MicrobatchInput
   return Residual{base, delta};
 }
 
+LlamaStage::Residual LlamaStage::ResidualOf(MicrobatchActivations& saved) {
+  const int64_t tokens = saved.microbatch.tokens;
+  return {pool_->Rows(saved, layers_.size() - 1, tokens).middle, scratch_.Get(Scratch::kBlockOut, tokens, config_.hidden_size)};
+}
+
+PassKey LlamaStage::KeyOf(int what, const MicrobatchActivations& saved) const {
+  const MicrobatchTensors& microbatch = saved.microbatch;
+  return {what,
+          reinterpret_cast<int64_t>(&saved),
+          microbatch.tokens,
+          microbatch.document_capacity,
+          microbatch.longest,
+          microbatch.uniform,
+          microbatch.targets,
+          microbatch.training ? 1 : 0,
+          at::globalContext().deterministicAlgorithms() ? 1 : 0};
+}
+
+at::Tensor LlamaStage::RunHead(MicrobatchActivations& saved, bool keep_for_backward) {
+  const MicrobatchTensors& microbatch = saved.microbatch;
+  const Residual out = ResidualOf(saved);
+  const at::Tensor gradient = keep_for_backward ? saved.head_gradient.narrow(0, 0, microbatch.targets) : at::Tensor();
+  return head_->Forward(out.base, out.delta, microbatch.target_rows, microbatch.target_ids, microbatch.loss_weight, gradient, scratch_);
+}
+
 absl::StatusOr<at::Tensor> LlamaStage::Forward(const MicrobatchInput& input, const at::Tensor& hidden_in, bool keep_for_backward, double* loss_sum) {
   return CatchTorch(Where(), [&]() -> absl::StatusOr<at::Tensor> {
     const c10::InferenceMode guard;
     PPFT_RETURN_IF_ERROR(CheckInput(input, hidden_in));
-    const int64_t tokens = input.cu_seqlens.back();
-    MicrobatchActivations& saved = keep_for_backward ? pool_->Keep(input.microbatch, tokens) : pool_->Transient(tokens);
-    PPFT_ASSIGN_OR_RETURN(const Residual out, RunLayers(input, hidden_in, saved));
-    if (!head_) return at::add(out.base, out.delta);
-    const at::Tensor target_rows = OnDevice(input.target_rows);
-    at::Tensor gradient;
-    if (keep_for_backward) {
-      saved.target_rows = target_rows;
-      saved.head_gradient = at::empty({input.target_rows.size(0), config_.hidden_size}, compute_);
-      gradient = saved.head_gradient;
+    const int64_t capacity = PaddedTokens(layout_, input);
+    MicrobatchActivations& saved = keep_for_backward ? pool_->Keep(input.microbatch, capacity) : pool_->Transient(capacity);
+    Prepare(input, hidden_in, saved);
+    const MicrobatchTensors& microbatch = saved.microbatch;
+    // The layers wait for nobody where a pass may be captured, and cannot fail there but by an exception.
+    const auto layers = [&]() -> absl::Status { return RunLayers(saved).status(); };
+    PPFT_RETURN_IF_ERROR(keep_for_backward ? passes_.Run(KeyOf(0, saved), generation(), layers, [this] { return generation(); }) : layers());
+    if (!head_) {
+      const Residual out = ResidualOf(saved);
+      return at::add(out.base.narrow(0, 0, microbatch.real_tokens), out.delta.narrow(0, 0, microbatch.real_tokens));
     }
-    const at::Tensor sum = head_->Forward(out.base, out.delta, target_rows, OnDevice(input.target_ids), input.loss_weight, gradient, scratch_);
-    if (sum.defined() && loss_sum == nullptr) {
-      loss_total_.add_(sum);
-    } else if (sum.defined()) {
+    if (microbatch.targets == 0) return at::Tensor();
+    if (keep_for_backward && (!saved.head_gradient.defined() || saved.head_gradient.size(0) < microbatch.targets)) {
+      saved.head_gradient.reset();
+      saved.head_gradient = at::empty({std::max(microbatch.targets, options_.least_tokens), config_.hidden_size}, compute_);
+      ++moves_;
+    }
+    if (loss_sum != nullptr) {
+      const at::Tensor sum = RunHead(saved, keep_for_backward);
       *loss_sum += sum.item<double>();
+      return at::Tensor();
     }
+    const auto head = [&]() -> absl::Status {
+      loss_total_.add_(RunHead(saved, keep_for_backward));
+      return absl::OkStatus();
+    };
+    PPFT_RETURN_IF_ERROR(keep_for_backward ? passes_.Run(KeyOf(1, saved), generation(), head, [this] { return generation(); }) : head());
     return at::Tensor();
   });
+}
+
+at::Tensor LlamaStage::GradientRows(int64_t tokens) {
+  return scratch_.Get(Scratch::kHiddenGradient, tokens, config_.hidden_size + gradient_columns_).narrow(1, 0, config_.hidden_size);
+}
+
+absl::Status LlamaStage::RunBackward(MicrobatchActivations& saved, const at::Tensor& dhidden) {
+  const int64_t tokens = saved.microbatch.tokens;
+  if (head_) {
+    const int64_t targets = saved.microbatch.targets;
+    if (targets == 0) {
+      dhidden.zero_();
+    } else {
+      kernels_.SpreadRows(saved.head_gradient.narrow(0, 0, targets), saved.microbatch.target_of, dhidden);
+    }
+  }
+  const LayerPass pass = PassOf(saved);
+  for (size_t i = layers_.size(); i-- > 0;) {
+    PPFT_RETURN_IF_ERROR(UseLayer(i, static_cast<int>(i) - 1));
+    const LayerActivations rows = pool_->Rows(saved, i, tokens);
+    if (options_.checkpointing == Checkpointing::kFull) layers_[i]->Recompute(pass, rows);
+    if (options_.checkpointing == Checkpointing::kSelective) layers_[i]->RecomputeGateUp(pass, rows);
+    BeginGradients(i);
+    layers_[i]->Backward(pass, rows, dhidden, /*input_gradient=*/i > 0 || !options_.has_embedding);
+    PPFT_RETURN_IF_ERROR(SumGradients(i));
+  }
+  return EndSum();
 }
 
 absl::StatusOr<at::Tensor> LlamaStage::Backward(const MicrobatchInput& input, const at::Tensor& grad_out) {
@@ -410,30 +483,27 @@ absl::StatusOr<at::Tensor> LlamaStage::Backward(const MicrobatchInput& input, co
     MicrobatchActivations* saved = pool_->FindKept(input.microbatch);
     if (saved == nullptr)
       return absl::FailedPreconditionError(absl::StrCat(Where(), ": micro-batch ", input.microbatch, " has no forward pass to go back through"));
-    const int64_t tokens = input.cu_seqlens.back();
-    // On the first stage nobody takes the gradient away, so it may live in scratch.
-    at::Tensor dhidden =
-        options_.has_embedding ? scratch_.Get(Scratch::kHiddenGradient, tokens, config_.hidden_size) : at::empty({tokens, config_.hidden_size}, compute_);
-    if (head_) {
-      dhidden.zero_();
-      dhidden.index_copy_(0, saved->target_rows, saved->head_gradient);
+    const MicrobatchTensors& microbatch = saved->microbatch;
+    const int64_t real = microbatch.real_tokens;
+    // A captured pass, and one whose rows are wider or more than the caller's, works in scratch; nobody takes the first stage's gradient away.
+    const bool in_scratch = options_.has_embedding || options_.capture || gradient_columns_ > 0 || microbatch.tokens > real;
+    const at::Tensor dhidden = in_scratch ? GradientRows(microbatch.tokens) : at::empty({real, config_.hidden_size}, compute_);
+    if (!head_) {
+      if (!grad_out.defined() || grad_out.dim() != 2 || grad_out.size(0) != real || grad_out.size(1) != config_.hidden_size) {
+        return absl::InvalidArgumentError(absl::StrCat(Where(), ": grad_out must be [tokens, hidden]"));
+      }
+      dhidden.narrow(0, 0, real).copy_(grad_out);
+      if (microbatch.tokens > real) dhidden.narrow(0, real, microbatch.tokens - real).zero_();
+    }
+    const auto backward = [&]() -> absl::Status { return RunBackward(*saved, dhidden); };
+    if (replicas_ == nullptr) {
+      PPFT_RETURN_IF_ERROR(passes_.Run(KeyOf(2, *saved), generation(), backward, [this] { return generation(); }));
     } else {
-      if (grad_out.sizes() != dhidden.sizes()) return absl::InvalidArgumentError(absl::StrCat(Where(), ": grad_out must be [tokens, hidden]"));
-      dhidden.copy_(grad_out);
+      PPFT_RETURN_IF_ERROR(backward());
     }
-    const LayerPass pass = PassOf(input, *saved);
-    for (size_t i = layers_.size(); i-- > 0;) {
-      PPFT_RETURN_IF_ERROR(UseLayer(i, static_cast<int>(i) - 1));
-      const LayerActivations rows = pool_->Rows(*saved, i, tokens);
-      if (options_.checkpointing == Checkpointing::kFull) layers_[i]->Recompute(pass, rows);
-      if (options_.checkpointing == Checkpointing::kSelective) layers_[i]->RecomputeGateUp(pass, rows);
-      BeginGradients(i);
-      layers_[i]->Backward(pass, rows, dhidden, /*input_gradient=*/i > 0 || !options_.has_embedding);
-      PPFT_RETURN_IF_ERROR(SumGradients(i));
-    }
-    PPFT_RETURN_IF_ERROR(EndSum());
     pool_->Release(input.microbatch);
-    return options_.has_embedding ? at::Tensor() : dhidden;
+    if (options_.has_embedding) return at::Tensor();
+    return in_scratch ? dhidden.narrow(0, 0, real).clone(at::MemoryFormat::Contiguous) : dhidden;
   });
 }
 
@@ -442,9 +512,11 @@ absl::StatusOr<at::Tensor> LlamaStage::Logits(const MicrobatchInput& input, cons
     const c10::InferenceMode guard;
     if (!head_) return absl::FailedPreconditionError(absl::StrCat(Where(), " has no head"));
     PPFT_RETURN_IF_ERROR(CheckInput(input, hidden_in));
-    PPFT_ASSIGN_OR_RETURN(const Residual out, RunLayers(input, hidden_in, pool_->Transient(input.cu_seqlens.back())));
+    MicrobatchActivations& saved = pool_->Transient(PaddedTokens(layout_, input));
+    Prepare(input, hidden_in, saved);
+    PPFT_ASSIGN_OR_RETURN(const Residual out, RunLayers(saved));
     std::vector<int64_t> copy = rows;
-    const at::Tensor index = OnDevice(at::from_blob(copy.data(), {static_cast<int64_t>(copy.size())}, at::kLong));
+    const at::Tensor index = at::from_blob(copy.data(), {static_cast<int64_t>(copy.size())}, at::kLong).to(options_.device);
     return head_->Logits(out.base, out.delta, index, scratch_).to(at::kCPU);
   });
 }

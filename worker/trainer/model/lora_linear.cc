@@ -7,32 +7,21 @@
 #include <utility>
 
 namespace ppft::trainer {
-namespace {
-
-// sum += alpha * a b, in sum's dtype.
-void AccumulateProduct(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double alpha) {
-  if (sum.scalar_type() == a.scalar_type()) {
-    sum.addmm_(a, b, 1.0, alpha);
-  } else if (a.is_cuda()) {
-    sum.add_(at::mm(a, b, sum.scalar_type()), alpha);  // the products' sum never gets narrow
-  } else {
-    sum.add_(at::mm(a, b), alpha);
-  }
-}
-
-}  // namespace
-
-LoraLinear::LoraLinear(int64_t in, int r, double scale, std::vector<LoraModule> modules, const at::TensorOptions& compute, bool resident, Kernels& kernels)
-    : in_(in), r_(r), scale_(scale), compute_(compute), resident_(resident), kernels_(kernels), modules_(std::move(modules)) {
+LoraLinear::LoraLinear(int64_t in, const LoraOptions& lora, std::vector<LoraModule> modules, const at::TensorOptions& compute, bool resident, bool room,
+                       Kernels& kernels)
+    : in_(in), r_(lora.r), scale_(lora.scale), compute_(compute), resident_(resident), kernels_(kernels), modules_(std::move(modules)) {
   for (const LoraModule& module : modules_) {
     out_ += module.out;
     if (module.adapted) lora_columns_ += r_;
   }
-  if (resident_) weight_ = at::zeros({out_, in_ + lora_columns_}, compute_);
+  // A pass over dy costs `out`, one over the gradient of x twice `in`. The compute type must differ from the masters': A is a copy.
+  const bool narrow = compute_.dtype() == at::kBFloat16 || compute_.dtype() == at::kHalf;
+  a_below_ = room && kernels_.wants_parts() && resident_ && narrow && lora.dropout == 0 && out_ < 2 * in_;
+  if (resident_) weight_ = at::zeros({out_ + a_rows(), in_ + lora_columns_}, compute_);
 }
 
 void LoraLinear::Place(const at::Tensor& weight) {
-  weight_ = weight.view({out_, in_ + lora_columns_});
+  weight_ = weight.view({out_ + a_rows(), in_ + lora_columns_});
   WriteColumns();
 }
 
@@ -60,7 +49,11 @@ int64_t LoraLinear::parameter_count() const {
 void LoraLinear::Bind(const at::Tensor& master, const at::Tensor& gradient) {
   a_master_ = master.narrow(0, 0, lora_columns_ * in_).view({lora_columns_, in_});
   a_gradient_ = gradient.narrow(0, 0, lora_columns_ * in_).view({lora_columns_, in_});
-  a_ = master.scalar_type() == c10::typeMetaToScalarType(compute_.dtype()) ? a_master_ : at::zeros({lora_columns_, in_}, compute_);
+  if (a_below_) {
+    a_ = weight_.narrow(0, out_, lora_columns_).narrow(1, 0, in_);
+  } else {
+    a_ = master.scalar_type() == c10::typeMetaToScalarType(compute_.dtype()) ? a_master_ : at::zeros({lora_columns_, in_}, compute_);
+  }
   int64_t row = 0;
   int64_t offset = lora_columns_ * in_;
   for (LoraModule& m : modules_) {
@@ -110,7 +103,7 @@ std::vector<ComputeCopy> LoraLinear::compute_copies(int64_t parameter) const {
 
 void LoraLinear::Forward(const at::Tensor& x, const at::Tensor& y, const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped) {
   FillColumns(x, dropout, dropped);
-  kernels_.MatMul(x, weight_.t(), y);
+  kernels_.MatMul(x, columns().t(), y);
 }
 
 void LoraLinear::FillColumns(const at::Tensor& x, const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped) {
@@ -132,36 +125,52 @@ void LoraLinear::FillColumns(const at::Tensor& x, const std::vector<DropoutSeque
   }
 }
 
-void LoraLinear::Backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora, const at::Tensor& dx, bool input_gradient,
-                          const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped) {
-  at::Tensor dlora = dx.narrow(1, in_, lora_columns_);
+at::Tensor LoraLinear::InputGradient(const at::Tensor& dy, const at::Tensor& dx, bool input_gradient, const std::vector<DropoutSequence>& dropout,
+                                     const at::Tensor& dropped) {
+  const at::Tensor dinput = dx.narrow(1, 0, in_);
+  if (a_below_) {
+    const at::Tensor wide = dy.as_strided({dy.size(0), out_ + lora_columns_}, dy.strides());
+    at::Tensor d = wide.narrow(1, out_, lora_columns_);
+    if (lora_columns_ > 0) at::mm_out(d, dy, columns().narrow(1, in_, lora_columns_));
+    if (input_gradient) kernels_.MatMul(wide, weight_.narrow(1, 0, in_), dinput);
+    return d;
+  }
+  at::Tensor d = dx.narrow(1, in_, lora_columns_);
   if (input_gradient) {
     kernels_.MatMul(dy, weight_, dx);
   } else if (lora_columns_ > 0) {
-    at::mm_out(dlora, dy, weight_.narrow(1, in_, lora_columns_));
+    at::mm_out(d, dy, weight_.narrow(1, in_, lora_columns_));
   }
-  if (lora_columns_ == 0) return;
-  const at::Tensor dinput = dx.narrow(1, 0, in_);
+  if (lora_columns_ == 0 || !input_gradient) return d;
   if (dropout.empty()) {
-    AccumulateProduct(a_gradient_, dlora.t(), x, 1.0);
-    if (input_gradient) dinput.addmm_(dlora, a_);
+    dinput.addmm_(d, a_);
+    return d;
   }
+  int64_t column = 0;
+  for (size_t i = 0; i < modules_.size(); ++i) {
+    if (!modules_[i].adapted) continue;
+    at::Tensor ddropped = dropped;
+    at::mm_out(ddropped, d.narrow(1, column, r_), a_.narrow(0, column, r_));
+    kernels_.DropoutBackward(ddropped, dropout[i], dinput);
+    column += r_;
+  }
+  return d;
+}
+
+void LoraLinear::AdapterGradients(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora, const at::Tensor& d,
+                                  const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped) {
+  if (lora_columns_ == 0) return;
+  if (dropout.empty()) kernels_.AddProduct(d.t(), x, 1.0, a_gradient_);
   int64_t row = 0;
   int64_t column = 0;
   for (size_t i = 0; i < modules_.size(); ++i) {
     const LoraModule& m = modules_[i];
     if (m.adapted) {
-      const at::Tensor dcolumns = dlora.narrow(1, column, r_);
       if (!dropout.empty()) {
         kernels_.Dropout(x, dropout[i], dropped);
-        AccumulateProduct(m.a_gradient, dcolumns.t(), dropped, 1.0);
-        if (input_gradient) {
-          at::Tensor ddropped = dropped;
-          at::mm_out(ddropped, dcolumns, a_.narrow(0, column, r_));
-          kernels_.DropoutBackward(ddropped, dropout[i], dinput);
-        }
+        kernels_.AddProduct(d.narrow(1, column, r_).t(), dropped, 1.0, m.a_gradient);
       }
-      AccumulateProduct(m.b_gradient, dy.narrow(1, row, m.out).t(), lora.narrow(1, column, r_), scale_);
+      kernels_.AddProduct(dy.narrow(1, row, m.out).t(), lora.narrow(1, column, r_), scale_, m.b_gradient);
       column += r_;
     }
     row += m.out;

@@ -2,7 +2,8 @@
 //
 // Augmented weight: the stored matrix is [W | s B], the scaled B of each adapted module in its own r columns (block-diagonal over the stack). With x A^T
 // written into r extra columns per adapted module of the input, y = [x | x A^T] [W | s B]^T is one product, and dy [W | s B] gives the gradients
-// of x (base part) and of x A^T together.
+// of x (base part) and of x A^T together; the rest of x's gradient, d A with d = dy s B, is a second pass over it. On a device, where dy is narrow beside x, A
+// is stored as further rows below W instead: d first, then [dy | d] [W; A] is all of x's gradient.
 //
 // Shapes: T = tokens, in, out = sum over the stack, R = lora_columns() = r * adapted modules. Thread: one at a time.
 #pragma once
@@ -14,6 +15,7 @@
 
 #include "worker/trainer/kernels/kernels.h"
 #include "worker/trainer/kernels/optimizer.h"
+#include "worker/trainer/model/stage_model.h"
 
 namespace ppft::trainer {
 
@@ -29,8 +31,9 @@ struct LoraModule {
 
 class LoraLinear {
  public:
-  // resident: the stored matrix is this object's own; otherwise it has to be placed before each use.
-  LoraLinear(int64_t in, int r, double scale, std::vector<LoraModule> modules, const at::TensorOptions& compute, bool resident, Kernels& kernels);
+  // resident: the stored matrix is this object's own; otherwise it has to be placed before each use. room: the rows of dy may have columns behind them.
+  LoraLinear(int64_t in, const LoraOptions& lora, std::vector<LoraModule> modules, const at::TensorOptions& compute, bool resident, bool room,
+             Kernels& kernels);
 
   int64_t in() const { return in_; }
   int64_t out() const { return out_; }
@@ -38,7 +41,9 @@ class LoraLinear {
   const std::vector<LoraModule>& modules() const { return modules_; }
 
   // Elements of the stored matrix.
-  int64_t weight_size() const { return out_ * (in_ + lora_columns_); }
+  int64_t weight_size() const { return (out_ + a_rows()) * (in_ + lora_columns_); }
+  // Columns that a row of dy must have room for behind its `out`: Backward writes them.
+  int64_t gradient_columns() const { return a_rows(); }
   // Uses `weight` ([weight_size()], contiguous) as the stored matrix from now on and writes the adapters' columns into it.
   void Place(const at::Tensor& weight);
 
@@ -60,15 +65,20 @@ class LoraLinear {
   void Forward(const at::Tensor& x, const at::Tensor& y, const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped);
   // The first half of it: x A^T into the other R columns.
   void FillColumns(const at::Tensor& x, const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped);
-  // dy: rows [T, out]; x: rows [T, in]; lora: rows [T, R] as Forward filled them (both unused without adapted modules).
-  // dx: rows [T, in + R]: the input's gradient in the first `in` columns (left unwritten unless input_gradient). Adds to the adapters' gradients.
+  // Backward in two steps, between which dx's first columns are the caller's. dy: rows [T, out] with gradient_columns() more behind them; dx: rows [T, in + R],
+  // whose first `in` columns become the input's gradient (unspecified unless input_gradient). Returns d, [T, R], in dy's or dx's last columns.
   // dropped: rows [T, in], room for one dropped input; needed with dropout alone.
-  void Backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora, const at::Tensor& dx, bool input_gradient,
-                const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped);
+  at::Tensor InputGradient(const at::Tensor& dy, const at::Tensor& dx, bool input_gradient, const std::vector<DropoutSequence>& dropout,
+                           const at::Tensor& dropped);
+  // Adds to the adapters' gradients. x: rows [T, in]; lora: rows [T, R] as Forward filled them; d: as InputGradient returned it.
+  void AdapterGradients(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora, const at::Tensor& d, const std::vector<DropoutSequence>& dropout,
+                        const at::Tensor& dropped);
 
  private:
   // s B of each adapted module into the stored matrix.
   void WriteColumns();
+  int64_t a_rows() const { return a_below_ ? lora_columns_ : 0; }
+  at::Tensor columns() const { return weight_.narrow(0, 0, out_); }  // [W | s B]
 
   const int64_t in_;
   const int64_t r_;
@@ -79,10 +89,11 @@ class LoraLinear {
   std::vector<LoraModule> modules_;
   int64_t out_ = 0;
   int64_t lora_columns_ = 0;
-  at::Tensor weight_;    // [out, in + R]
+  bool a_below_ = false;
+  at::Tensor weight_;    // [out (+ R), in + R]
   at::Tensor a_master_;  // [R, in] acc
   at::Tensor a_gradient_;
-  at::Tensor a_;  // [R, in] compute; the master itself if the types agree
+  at::Tensor a_;  // [R, in] compute: the master itself, rows of weight_, or a tensor of its own
 };
 
 }  // namespace ppft::trainer

@@ -32,7 +32,7 @@ LossHead::Normed LossHead::Norm(const at::Tensor& base, const at::Tensor& delta,
   return result;
 }
 
-at::Tensor LossHead::Forward(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& rows, const at::Tensor& target_ids, double weight,
+at::Tensor LossHead::Forward(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& rows, const at::Tensor& target_ids, const LossWeight& weight,
                              const at::Tensor& gradient, Scratch& scratch) {
   const int64_t n = rows.size(0);
   if (n == 0) return at::Tensor();

@@ -18,7 +18,7 @@ class LossHead {
 
   // The hidden state is base + delta ([T, hidden]). Returns the sum of -log p over the targets, [1] fp64 (undefined without targets). gradient: [targets,
   // hidden], written if defined: weight * d(sum of -log p) / d(hidden at rows).
-  at::Tensor Forward(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& rows, const at::Tensor& target_ids, double weight,
+  at::Tensor Forward(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& rows, const at::Tensor& target_ids, const LossWeight& weight,
                      const at::Tensor& gradient, Scratch& scratch);
   // [rows, vocab] acc.
   at::Tensor Logits(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& rows, Scratch& scratch);

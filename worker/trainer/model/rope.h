@@ -18,6 +18,7 @@ class RopeTable {
   void Reserve(int64_t positions);
   const at::Tensor& cos() const { return cos_; }  // [positions, head_dim / 2] acc
   const at::Tensor& sin() const { return sin_; }
+  int64_t generation() const { return cos_.defined() ? cos_.size(0) : 0; }  // changes whenever the tables move
 
  private:
   const at::TensorOptions acc_;

@@ -61,6 +61,10 @@ struct StageOptions {
   int num_replicas = 1;  // kSharded: of this stage, and which of them this one is
   int replica = 0;
   int64_t head_chunk_rows = 256;  // rows of logits at a time: on the CPU they have to stay in cache
+  int64_t least_tokens = 0;       // buffers are made for micro-batches of so many tokens from the start
+  int64_t token_multiple = 1;     // micro-batches are padded to a multiple of so many tokens and targets, so that few shapes occur
+  // Passes whose shapes come again are captured and then launched as a whole, where `kernels` can. The results are the same to the bit.
+  bool capture = false;
 };
 
 // The raw tensor of that name from the base model (as on disk: fp32, bf16 or fp16); NOT_FOUND if it is not there. A stage keeps its source: a merge of a
@@ -91,7 +95,8 @@ struct HeldBytes {
   int64_t weights = 0;  // frozen, with the adapters' columns and the buffers that layers are gathered into
   int64_t masters = 0;  // and their compute copies outside of the weights
   int64_t gradients = 0;
-  int64_t activations = 0;  // kept for backward, at their most so far
+  int64_t activations = 0;  // kept for backward, at their most so far, and one layer's where that is made again
+  int64_t scratch = 0;      // buffers that all layers share
 };
 
 class StageModel {
@@ -141,6 +146,8 @@ class StageModel {
   virtual std::vector<model::ExpectedTensor> merged_tensors() const = 0;
 
   virtual int64_t activation_bytes() const = 0;  // held now for backward
+  // Passes that were launched as captured, so far.
+  virtual int64_t captured_launches() const { return 0; }
   virtual HeldBytes held_bytes() const { return {}; }
 };
 

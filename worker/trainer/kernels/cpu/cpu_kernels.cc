@@ -21,16 +21,15 @@ class CpuKernelsImpl final : public Kernels {
   }
   void SwiGlu(const at::Tensor& gate_up, const at::Tensor& out) override { cpu::SwiGlu(gate_up, out); }
   void SwiGluBackward(const at::Tensor& dout, const at::Tensor& gate_up, const at::Tensor& dgate_up) override { cpu::SwiGluBackward(dout, gate_up, dgate_up); }
-  void Attention(const at::Tensor& qkv, const HeadLayout& heads, const std::vector<int32_t>& cu_seqlens, const at::Tensor& out,
-                 const at::Tensor& lse) override {
-    cpu::Attention(qkv, heads, cu_seqlens, out, lse);
+  void Attention(const at::Tensor& qkv, const HeadLayout& heads, const Documents& documents, const at::Tensor& out, const at::Tensor& lse) override {
+    cpu::Attention(qkv, heads, documents.cu_seqlens, out, lse);
   }
-  void AttentionBackward(const at::Tensor& dout, const at::Tensor& qkv, const HeadLayout& heads, const std::vector<int32_t>& cu_seqlens, const at::Tensor& out,
+  void AttentionBackward(const at::Tensor& dout, const at::Tensor& qkv, const HeadLayout& heads, const Documents& documents, const at::Tensor& out,
                          const at::Tensor& lse, const at::Tensor& dqkv) override {
-    cpu::AttentionBackward(dout, qkv, heads, cu_seqlens, out, lse, dqkv);
+    cpu::AttentionBackward(dout, qkv, heads, documents.cu_seqlens, out, lse, dqkv);
   }
-  void CrossEntropy(const at::Tensor& logits, const at::Tensor& targets, double weight, bool with_gradient, const at::Tensor& loss_sum) override {
-    cpu::CrossEntropy(logits, targets, weight, with_gradient, loss_sum);
+  void CrossEntropy(const at::Tensor& logits, const at::Tensor& targets, const LossWeight& weight, bool with_gradient, const at::Tensor& loss_sum) override {
+    cpu::CrossEntropy(logits, targets, weight.value, with_gradient, loss_sum);
   }
   void Dropout(const at::Tensor& x, const DropoutSequence& sequence, const at::Tensor& out) override { cpu::Dropout(x, sequence, out); }
   void DropoutBackward(const at::Tensor& dout, const DropoutSequence& sequence, const at::Tensor& dx) override { cpu::DropoutBackward(dout, sequence, dx); }

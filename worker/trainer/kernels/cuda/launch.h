@@ -25,20 +25,38 @@ struct Matrix {
 void AddRmsNorm(Type type, int64_t rows, int64_t columns, Matrix x, Matrix delta, const void* weight, float eps, Matrix sum, Matrix normed, float* rstd,
                 cudaStream_t stream);
 void ApplyRmsNorm(Type type, int64_t rows, int64_t columns, Matrix x, const float* rstd, const void* weight, Matrix normed, cudaStream_t stream);
-void RmsNormBackward(Type type, int64_t rows, int64_t columns, Matrix dnormed, Matrix x, const float* rstd, const void* weight, Matrix dx, cudaStream_t stream);
+// normed.data may be null, or dnormed's.
+void RmsNormBackward(Type type, int64_t rows, int64_t columns, Matrix dnormed, Matrix x, const float* rstd, const void* weight, Matrix dx, Matrix normed,
+                     cudaStream_t stream);
 
 // heads of q and k together; cos, sin: [positions, half] fp32, `table_stride` apart.
 void Rope(Type type, int64_t rows, int heads, int half, Matrix qkv, const float* cos, const float* sin, int64_t table_stride, int64_t positions,
           const int32_t* position, bool inverse, cudaStream_t stream);
 
-void SwiGlu(Type type, int64_t rows, int64_t columns, Matrix gate_up, Matrix out, cudaStream_t stream);
-void SwiGluBackward(Type type, int64_t rows, int64_t columns, Matrix dout, Matrix gate_up, Matrix dgate_up, cudaStream_t stream);
+// Three dense matrices side by side in the rows of one: q, k, v of one token.
+struct Parts {
+  Matrix parts[3];
+  int64_t columns[3] = {};
+};
+// The same rotation between packed rows (heads of q and k, then those of v, which is copied) and parts: from rows to parts, or back by the inverse.
+void RopeToParts(Type type, int64_t rows, int half, Matrix packed, const Parts& parts, const float* cos, const float* sin, int64_t table_stride,
+                 int64_t positions, const int32_t* position, cudaStream_t stream);
+void RopeFromParts(Type type, int64_t rows, int half, const Parts& parts, Matrix packed, const float* cos, const float* sin, int64_t table_stride,
+                   int64_t positions, const int32_t* position, cudaStream_t stream);
 
-// row_losses: [rows] fp64 scratch.
-void CrossEntropy(Type type, int64_t rows, int64_t vocab, Matrix logits, const int64_t* targets, double weight, bool with_gradient, double* row_losses,
-                  double* loss_sum, cudaStream_t stream);
+void SwiGlu(Type type, int64_t rows, int64_t columns, Matrix gate_up, Matrix out, cudaStream_t stream);
+// gated.data may be null, or dout's.
+void SwiGluBackward(Type type, int64_t rows, int64_t columns, Matrix dout, Matrix gate_up, Matrix dgate_up, Matrix gated, cudaStream_t stream);
+
+// row_losses: [rows] fp64 scratch. device_weight, where not null, is read in place of `weight`. Rows with target -1 count for nothing.
+void CrossEntropy(Type type, int64_t rows, int64_t vocab, Matrix logits, const int64_t* targets, float weight, const float* device_weight, bool with_gradient,
+                  double* row_losses, double* loss_sum, cudaStream_t stream);
+
+// out[t] = from[row_of[t]], 0 where row_of[t] is negative.
+void SpreadRows(Type type, int64_t rows, int64_t columns, Matrix from, const int32_t* row_of, Matrix out, cudaStream_t stream);
 
 struct DropoutNumbers {
+  const uint32_t* device_key;  // where not null, read in place of `key`
   uint32_t key[2];
   uint32_t stream;
   uint32_t domain;
@@ -50,8 +68,6 @@ void DropoutBackward(Type type, int64_t rows, int64_t columns, Matrix dout, Drop
 
 // Three matrices of `rows` rows side by side into one: dqkv from dq, dk, dv. Column counts in elements of `type`.
 void JoinColumns(Type type, int64_t rows, const Matrix (&parts)[3], const int64_t (&columns)[3], Matrix out, cudaStream_t stream);
-// out[i] = values[i] * factor: cu_seqlens as offsets in elements.
-void ScaleOffsets(const int32_t* values, int32_t count, int32_t factor, int32_t* out, cudaStream_t stream);
 
 // The optimizer's work list: at most kOptimizerChunk elements of one parameter each.
 inline constexpr int kOptimizerChunk = 4096;
@@ -72,7 +88,8 @@ struct ComputeTarget {
 struct AdamWScalars {
   float decay, one_minus_beta1, beta2, one_minus_beta2, correction2_sqrt, epsilon, minus_step_size, gradient_factor;
 };
-// master: flat; gradient: of the elements from `gradient_begin`; exp_avg, exp_avg_sq: from `moments_begin`. With scalars null only the compute copies are written.
+// master: flat; gradient: of the elements from `gradient_begin`; exp_avg, exp_avg_sq: from `moments_begin`. With scalars null only the compute copies are
+// written.
 void AdamW(Type type, const OptimizerChunk* chunks, int num_chunks, const ComputeTarget* targets, const AdamWScalars* scalars, float* master,
            const float* gradient, int64_t gradient_begin, float* exp_avg, float* exp_avg_sq, int64_t moments_begin, cudaStream_t stream);
 // partial[c] = sum of squares of chunk c, fp64. values: of the elements from `begin`.

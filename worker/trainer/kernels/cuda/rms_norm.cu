@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kMaxThreads) ApplyRmsNormKernel(Rows<T> x, con
 }
 
 template <typename T, int V, int ITEMS, bool WHOLE>
-__global__ void __launch_bounds__(kMaxThreads) RmsNormBackwardKernel(Rows<T> dnormed, Rows<T> x, const float* rstd, const T* weight, Rows<T> dx, int columns) {
+__global__ void __launch_bounds__(kMaxThreads)
+    RmsNormBackwardKernel(Rows<T> dnormed, Rows<T> x, const float* rstd, const T* weight, Rows<T> dx, Rows<T> normed, int columns) {
   __shared__ float shared[32];
   const int64_t row = blockIdx.x;
   const float scale = rstd[row];
@@ -85,6 +86,10 @@ __global__ void __launch_bounds__(kMaxThreads) RmsNormBackwardKernel(Rows<T> dno
       out.at[j] = FromFloat<T>(ToFloat(out.at[j]) + gradient);
     }
     out.template Store<WHOLE>(dx[row] + column);
+    if (normed.data == nullptr) continue;
+#pragma unroll
+    for (int j = 0; j < V; ++j) out.at[j] = FromFloat<T>(ToFloat(in[i].at[j]) * scale * ToFloat(w.at[j]));
+    out.template Store<WHOLE>(normed[row] + column);
   }
 }
 
@@ -139,7 +144,7 @@ void ApplyRmsNorm(Type type, int64_t rows, int64_t columns, Matrix x, const floa
   CheckLaunch("ApplyRmsNorm");
 }
 
-void RmsNormBackward(Type type, int64_t rows, int64_t columns, Matrix dnormed, Matrix x, const float* rstd, const void* weight, Matrix dx,
+void RmsNormBackward(Type type, int64_t rows, int64_t columns, Matrix dnormed, Matrix x, const float* rstd, const void* weight, Matrix dx, Matrix normed,
                      cudaStream_t stream) {
   if (rows == 0) return;
   Dispatch(type, [&](auto zero) {
@@ -147,11 +152,12 @@ void RmsNormBackward(Type type, int64_t rows, int64_t columns, Matrix dnormed, M
     const auto launch = [&](auto v, auto whole) {
       constexpr int V = decltype(v)::value;
       ByRowLength<V>(columns, [&](int threads, auto items) {
-        RmsNormBackwardKernel<T, V, decltype(items)::value, decltype(whole)::value>
-            <<<rows, threads, 0, stream>>>(Rows<T>(dnormed), Rows<T>(x), rstd, static_cast<const T*>(weight), Rows<T>(dx), static_cast<int>(columns));
+        RmsNormBackwardKernel<T, V, decltype(items)::value, decltype(whole)::value><<<rows, threads, 0, stream>>>(
+            Rows<T>(dnormed), Rows<T>(x), rstd, static_cast<const T*>(weight), Rows<T>(dx), Rows<T>(normed), static_cast<int>(columns));
       });
     };
-    const bool aligned = Aligned<T>(dnormed, columns) && Aligned<T>(x, columns) && Aligned<T>(dx, columns) && reinterpret_cast<uintptr_t>(weight) % 16 == 0;
+    const bool aligned = Aligned<T>(dnormed, columns) && Aligned<T>(x, columns) && Aligned<T>(dx, columns) && Aligned<T>(normed, columns) &&
+                         reinterpret_cast<uintptr_t>(weight) % 16 == 0;
     ByVectors<T>(columns, aligned, launch);
   });
   CheckLaunch("RmsNormBackward");

@@ -1,0 +1,129 @@
+#include "worker/trainer/model/microbatch_tensors.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "common/data/philox.h"
+
+namespace ppft::trainer {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+constexpr uint64_t kLeastLongest = 128;
+
+int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Where the parts of a block begin. The table of the documents is last: its length varies.
+struct Offsets {
+  explicit Offsets(int64_t capacity) {
+    int64_t end = 0;
+    const auto place = [&](int64_t bytes) {
+      const int64_t begin = end;
+      end += RoundUp(bytes, kAlignment);
+      return begin;
+    };
+    values = place(3 * 4);
+    position = place(capacity * 4);
+    target_of = place(capacity * 4);
+    ids = place(capacity * 8);
+    target_rows = place(capacity * 8);
+    target_ids = place(capacity * 8);
+    table = end;
+  }
+
+  int64_t values, position, target_of, ids, target_rows, target_ids, table;
+};
+
+std::array<uint32_t, 2> DropoutKey(uint64_t seed, const MicrobatchInput& input) {
+  const uint64_t step = static_cast<uint64_t>(input.step);
+  const data::PhiloxBlock key = data::Philox4x32({static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), static_cast<uint32_t>(input.microbatch),
+                                                  static_cast<uint32_t>(data::PhiloxDomain::kDropout)},
+                                                 {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
+  return {key[0], key[1]};
+}
+
+// [count] of `type` at a byte of the block.
+at::Tensor ViewOf(const at::Tensor& block, int64_t offset, int64_t count, at::ScalarType type) {
+  return block.narrow(0, offset, count * static_cast<int64_t>(c10::elementSize(type))).view(type);
+}
+
+}  // namespace
+
+int64_t PaddedTokens(const MicrobatchLayout& layout, const MicrobatchInput& input) { return RoundUp(input.cu_seqlens.back(), layout.multiple); }
+
+bool FillMicrobatch(const MicrobatchLayout& layout, const Kernels& kernels, const MicrobatchInput& input, int64_t capacity, MicrobatchTensors* tensors) {
+  MicrobatchTensors& t = *tensors;
+  t.real_tokens = input.cu_seqlens.back();
+  t.tokens = RoundUp(t.real_tokens, layout.multiple);
+  t.training = input.training;
+  t.documents.cu_seqlens = input.cu_seqlens;
+  if (t.tokens > t.real_tokens) t.documents.cu_seqlens.push_back(static_cast<int32_t>(t.tokens));
+  t.dropout_key = DropoutKey(layout.seed, input);
+  t.loss_weight = input.loss_weight;
+  const std::vector<int32_t>& cu = t.documents.cu_seqlens;
+  uint64_t documents = 0, longest = 0;
+  for (size_t d = 0; d + 1 < cu.size(); ++d) {
+    documents += cu[d + 1] > cu[d] ? 1 : 0;
+    longest = std::max(longest, static_cast<uint64_t>(cu[d + 1] - cu[d]));
+  }
+  t.document_capacity = static_cast<int64_t>(std::bit_ceil(documents));
+  t.uniform = documents * longest == static_cast<uint64_t>(t.tokens) ? static_cast<int64_t>(longest) : 0;
+  t.longest = static_cast<int64_t>(std::bit_ceil(std::max(longest, kLeastLongest)));
+  const int64_t real_targets = input.target_rows.defined() ? input.target_rows.numel() : 0;
+  t.targets = RoundUp(real_targets, layout.multiple);
+
+  const std::vector<int32_t> table = kernels.DocumentTable(cu, layout.heads, layout.out_stride);
+  const int64_t table_bytes = static_cast<int64_t>(table.size() * sizeof(int32_t));
+  capacity = std::max({capacity, t.tokens, t.targets});
+  const Offsets at(capacity);
+  const bool on_device = !layout.device.is_cpu();
+  const at::Tensor staging = at::empty({at.table + table_bytes}, at::TensorOptions(at::kChar).pinned_memory(on_device));
+  char* const bytes = static_cast<char*>(staging.data_ptr());
+  const auto words = [&](int64_t offset) { return reinterpret_cast<int32_t*>(bytes + offset); };
+  const auto longs = [&](int64_t offset) { return reinterpret_cast<int64_t*>(bytes + offset); };
+  const float weight = static_cast<float>(input.loss_weight);
+  std::memcpy(words(at.values), t.dropout_key.data(), 8);
+  std::memcpy(words(at.values) + 2, &weight, 4);
+  for (size_t d = 0; d + 1 < cu.size(); ++d) {
+    for (int32_t row = cu[d]; row < cu[d + 1]; ++row) words(at.position)[row] = row - cu[d];
+  }
+  if (input.ids.defined()) std::memcpy(longs(at.ids), input.ids.data_ptr(), input.ids.nbytes());
+  if (input.target_rows.defined()) {
+    const int64_t* const rows = input.target_rows.data_ptr<int64_t>();
+    const int64_t* const ids = input.target_ids.data_ptr<int64_t>();
+    std::fill_n(words(at.target_of), t.tokens, -1);
+    for (int64_t i = 0; i < t.targets; ++i) {
+      longs(at.target_rows)[i] = i < real_targets ? rows[i] : 0;
+      longs(at.target_ids)[i] = i < real_targets ? ids[i] : -1;
+      if (i < real_targets) words(at.target_of)[rows[i]] = static_cast<int32_t>(i);
+    }
+  }
+  if (table_bytes > 0) std::memcpy(bytes + at.table, table.data(), static_cast<size_t>(table_bytes));
+
+  bool moved = false;
+  if (!on_device) {
+    t.block = staging;
+  } else {
+    // Room for as many documents as tokens would be rare to need; what the table needs at least is doubled.
+    if (!t.block.defined() || t.block.numel() < staging.numel()) {
+      t.block = at::empty({at.table + 2 * table_bytes}, at::TensorOptions(at::kChar).device(layout.device));
+      moved = true;
+    }
+    t.block.narrow(0, 0, staging.numel()).copy_(staging, /*non_blocking=*/true);
+    t.device_dropout_key = ViewOf(t.block, at.values, 2, at::kInt);
+    t.loss_weight.device = ViewOf(t.block, at.values + 8, 1, at::kFloat);
+    t.documents.table = ViewOf(t.block, at.table, static_cast<int64_t>(table.size()), at::kInt);
+  }
+  t.position = ViewOf(t.block, at.position, t.tokens, at::kInt);
+  t.ids = input.ids.defined() ? ViewOf(t.block, at.ids, t.real_tokens, at::kLong) : at::Tensor();
+  const bool has_targets = input.target_rows.defined();
+  t.target_rows = has_targets ? ViewOf(t.block, at.target_rows, t.targets, at::kLong) : at::Tensor();
+  t.target_ids = has_targets ? ViewOf(t.block, at.target_ids, t.targets, at::kLong) : at::Tensor();
+  t.target_of = has_targets ? ViewOf(t.block, at.target_of, t.tokens, at::kInt) : at::Tensor();
+  return moved;
+}
+
+}  // namespace ppft::trainer
