@@ -129,6 +129,7 @@ def run_case(orders, case, part, device, report):
     if on_gpu:
         out["peak_gib"] = {"allocated": [round(peak[0].item(), 2) for peak in peaks], "reserved": [round(peak[1].item(), 2) for peak in peaks]}
     report({"event": "result", **out})
+    dist.barrier()  # no rank ends before the result is told
 
 
 def main():
