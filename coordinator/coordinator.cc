@@ -139,10 +139,12 @@ absl::Status Coordinator::Serve(const CoordinatorOptions& options) {
     PPFT_ASSIGN_OR_RETURN(const v1::Job* job, controller->FindJob(id));
     return *job;
   }));
-  job_service_ =
-      std::make_unique<JobServiceImpl>(controller, [this](const v1::ArtifactManifest& adapter, const v1::ModelRecord& model, const v1::AdapterSpec& spec) {
+  job_service_ = std::make_unique<JobServiceImpl>(
+      controller,
+      [this](const v1::ArtifactManifest& adapter, const v1::ModelRecord& model, const v1::AdapterSpec& spec) {
         return artifacts_->CheckInitAdapter(adapter, model, spec);
-      });
+      },
+      [this](const v1::ModelRecord& model) { return artifacts_->CheckModel(model); });
   cluster_service_ = std::make_unique<ClusterServiceImpl>(controller, options.version, options.data_dir,
                                                           [this](const std::vector<v1::ModelRecord>& models, const std::vector<v1::Dataset>& datasets,
                                                                  bool contents) { return artifacts_->CheckFiles(models, datasets, contents); });

@@ -34,6 +34,15 @@ absl::Status CheckHello(const v1::WorkerHello& hello) {
   return absl::OkStatus();
 }
 
+absl::Status NameInUse(const v1::Worker& incumbent, absl::Duration lease) {
+  const std::string& host = incumbent.host().hostname();
+  absl::Status status = absl::AlreadyExistsError(
+      absl::StrCat("the name \"", incumbent.name(), "\" is in use by a ppft-worker at ", incumbent.address(), host.empty() ? "" : absl::StrCat(" on ", host),
+                   ": start this one with another --name; if that one is dead, its name is free when it has been silent for ", absl::FormatDuration(lease)));
+  net::SetErrorInfo(&status, {"WORKER_NAME_IN_USE", {{"worker", incumbent.name()}}});
+  return status;
+}
+
 }  // namespace
 
 JobController::WorkerEntry& JobController::EntryOf(const std::string& name) {
@@ -57,8 +66,9 @@ absl::Status JobController::OnHello(const std::shared_ptr<WorkerLink>& link, con
   WorkerEntry& worker = EntryOf(hello.name());
   const bool known = worker.shown.incarnation() == hello.incarnation();
   if (worker.link != nullptr && worker.link != link) {
+    if (!known && options_.steady() - worker.last_seen <= options_.lease) return NameInUse(worker.shown, options_.lease);
     absl::Status replaced = absl::AbortedError(absl::StrCat("worker ", hello.name(), " connected again"));
-    // Two live agents of one name would displace each other for ever: the older one is told to end.
+    // A silent agent that wakes up has to let its ranks go: others run in their place.
     if (!known) net::SetErrorInfo(&replaced, {"WORKER_REPLACED", {{"worker", hello.name()}}});
     after_commit_.push_back([old = worker.link, replaced] { old->Close(replaced); });
   }

@@ -56,6 +56,9 @@ class Artifacts {
   // May the adapter named by spec.model.init_adapter start this job? OK without one. Reads small files; from any thread.
   absl::Status CheckInitAdapter(const v1::ArtifactManifest& adapter, const v1::ModelRecord& model, const v1::AdapterSpec& spec) const;
 
+  // ModelRegistry::CheckUnchanged.
+  absl::Status CheckModel(const v1::ModelRecord& model) const { return models_->CheckUnchanged(model); }
+
   // Are the files of these still there, with their sizes, and with `contents` with their bytes? May read for long.
   v1::CheckFilesResponse CheckFiles(const std::vector<v1::ModelRecord>& models, const std::vector<v1::Dataset>& datasets, bool contents) const;
 

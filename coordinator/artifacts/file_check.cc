@@ -18,6 +18,8 @@ namespace {
 
 constexpr int64_t kReadBytes = 1 << 20;
 
+}  // namespace
+
 absl::StatusOr<std::string> HashRange(const Fd& fd, int64_t offset, int64_t size_bytes, const std::string& name) {
   Sha256 sha;
   std::string buffer(static_cast<size_t>(kReadBytes), '\0');
@@ -31,8 +33,6 @@ absl::StatusOr<std::string> HashRange(const Fd& fd, int64_t offset, int64_t size
   }
   return sha.HexDigest();
 }
-
-}  // namespace
 
 absl::Status FileCheckup::CheckBlob(const std::string& name, const std::string& sha256, int64_t size_bytes) {
   const absl::optional<int64_t> size = blobs_.Find(sha256);

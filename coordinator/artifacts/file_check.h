@@ -5,12 +5,17 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "common/base/files.h"
 #include "coordinator/artifacts/blob_store.h"
 #include "ppft/v1/cluster.pb.h"
 #include "ppft/v1/dataset.pb.h"
 #include "ppft/v1/stored.pb.h"
 
 namespace ppft::coordinator {
+
+// SHA-256 of the bytes [offset, offset + size_bytes); `name` for messages. DATA_LOSS if the file is shorter.
+absl::StatusOr<std::string> HashRange(const Fd& fd, int64_t offset, int64_t size_bytes, const std::string& name);
 
 class FileCheckup {
  public:

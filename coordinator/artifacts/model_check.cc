@@ -16,6 +16,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
+#include "absl/time/time.h"
 #include "common/base/sha256.h"
 #include "common/base/status.h"
 #include "common/model/config.h"
@@ -265,6 +266,15 @@ absl::StatusOr<v1::ModelRecord> CheckModel(const ModelFolder& folder, BlobStore&
     untied["tie_word_embeddings"] = false;
     record.set_config(untied.dump(2));
     config.tie_word_embeddings = false;
+  }
+  // Before the weights are read: a change in between is seen later.
+  for (const WeightFile& file : files) {
+    struct stat info;
+    if (fstat(file.fd.get(), &info) != 0) return ErrnoStatus(errno, JoinPath(folder.path(), file.name));
+    v1::ModelRecord::WeightFile* row = record.add_weight_files();
+    row->set_name(file.name);
+    row->set_size_bytes(info.st_size);
+    row->set_modified_unix_nanos(absl::ToUnixNanos(absl::TimeFromTimespec(info.st_mtim)));
   }
   std::vector<model::TensorInfo> infos;
   for (const Tensor& tensor : tensors) infos.push_back(tensor.info);

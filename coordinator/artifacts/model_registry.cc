@@ -1,6 +1,7 @@
 #include "coordinator/artifacts/model_registry.h"
 
 #include <google/protobuf/util/time_util.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,8 +14,11 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "common/base/logging.h"
 #include "common/base/status.h"
+#include "common/net/status.h"
+#include "coordinator/artifacts/file_check.h"
 #include "coordinator/artifacts/model_check.h"
 #include "coordinator/artifacts/requests.h"
 
@@ -23,6 +27,7 @@ namespace {
 
 constexpr char kMethod[] = "RegisterModel";
 constexpr int kPageRows = 500;
+constexpr int64_t kQuickBytes = int64_t{1} << 30;  // hashed within a second or two
 
 absl::Status CheckName(const std::string& name) {
   const bool good = !name.empty() && name.size() <= 128 && name[0] != '.' && std::all_of(name.begin(), name.end(), [](char c) {
@@ -45,6 +50,15 @@ absl::Status Reword(const absl::Status& status, const std::vector<std::pair<std:
   absl::Status out(status.code(), absl::StrReplaceAll(status.message(), words));
   status.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) { out.SetPayload(url, payload); });
   return out;
+}
+
+absl::Status Changed(const std::string& model, const std::string& path, const std::string& how) {
+  const std::string folder = path.substr(0, path.rfind('/'));
+  absl::Status status = absl::FailedPreconditionError(absl::StrCat(path, ": ", how, "; it changed after the model ", model,
+                                                                   " was registered: put it back as it was, or register the folder under another name (",
+                                                                   "ppctl models register NAME FOLDER) and use that one"));
+  net::SetErrorInfo(&status, {"MODEL_INVALID", {{"model", model}}});
+  return status;
 }
 
 absl::Status PutBlobRows(JobStore& store, const v1::ModelRecord& record) {
@@ -84,28 +98,116 @@ absl::Status ModelRegistry::Load(Controller& controller) {
   return absl::OkStatus();
 }
 
-void ModelRegistry::Index(const v1::ModelRecord& record) {
-  absl::MutexLock lock(&mutex_);
+std::vector<ModelRegistry::Place> ModelRegistry::PlacesOf(const v1::ModelRecord& record) {
+  std::map<std::string, const v1::ModelRecord::WeightFile*> files;
+  for (const v1::ModelRecord::WeightFile& file : record.weight_files()) files[file.name()] = &file;
+  std::vector<Place> places;
   for (const v1::ModelRecord::Tensor& tensor : record.tensors()) {
-    // The first place stays: two models may share tensors.
-    tensors_.emplace(tensor.tensor().content().sha256(), Place{record.model().path(), tensor.file(), tensor.offset(), tensor.tensor().content().size_bytes()});
+    Place place;
+    place.model = record.model().name();
+    place.tensor = tensor.tensor().name();
+    place.sha256 = tensor.tensor().content().sha256();
+    place.folder = record.model().path();
+    place.file = tensor.file();
+    place.offset = tensor.offset();
+    place.size_bytes = tensor.tensor().content().size_bytes();
+    if (const auto file = files.find(tensor.file()); file != files.end()) {
+      place.file_bytes = file->second->size_bytes();
+      place.modified_nanos = file->second->modified_unix_nanos();
+    }
+    places.push_back(std::move(place));
+  }
+  return places;
+}
+
+void ModelRegistry::Index(const v1::ModelRecord& record) {
+  const std::vector<Place> places = PlacesOf(record);
+  absl::MutexLock lock(&mutex_);
+  for (const Place& place : places) {
+    // Models may share tensors: any of their files will do.
+    std::vector<Place>& known = tensors_[place.sha256];
+    const bool there = std::any_of(known.begin(), known.end(), [&](const Place& other) {
+      return other.folder == place.folder && other.file == place.file && other.offset == place.offset;
+    });
+    if (!there) known.push_back(place);
   }
 }
 
-absl::StatusOr<FileRange> ModelRegistry::OpenTensor(const std::string& sha256) const {
-  Place place;
+bool ModelRegistry::Touched(const Place& place, int64_t modified_nanos) const {
+  if (place.modified_nanos == 0 || modified_nanos == place.modified_nanos) return false;
+  absl::MutexLock lock(&mutex_);
+  const auto found = unchanged_.find(JoinPath(place.folder, place.file));
+  return found == unchanged_.end() || found->second != modified_nanos;
+}
+
+absl::StatusOr<FileRange> ModelRegistry::OpenFile(const Place& place, int64_t* modified_nanos) const {
+  const absl::StatusOr<ModelFolder> folder = ModelFolder::Resolve(roots_, place.folder);
+  if (!folder.ok()) return Changed(place.model, place.folder, "the folder is gone, or no longer beneath a model root");
+  const std::string path = JoinPath(place.folder, place.file);
+  FileRange range;
+  absl::StatusOr<Fd> fd = folder->Open(place.file);
+  if (absl::IsNotFound(fd.status())) return Changed(place.model, path, "the file is gone");
+  PPFT_RETURN_IF_ERROR(fd.status());
+  range.fd = *std::move(fd);
+  range.offset = place.offset;
+  range.size_bytes = place.size_bytes;
+  struct stat info;
+  if (fstat(range.fd.get(), &info) != 0) return ErrnoStatus(errno, path);
+  if ((place.file_bytes > 0 && info.st_size != place.file_bytes) || info.st_size < place.offset + place.size_bytes)
+    return Changed(place.model, path, absl::StrCat("the file now has ", info.st_size, " bytes"));
+  *modified_nanos = absl::ToUnixNanos(absl::TimeFromTimespec(info.st_mtim));
+  return range;
+}
+
+absl::Status ModelRegistry::CheckContent(const Place& place, const FileRange& range) {
+  const std::string path = JoinPath(place.folder, place.file);
+  const absl::StatusOr<std::string> found = HashRange(range.fd, range.offset, range.size_bytes, path);
+  if (!found.ok() && !absl::IsDataLoss(found.status())) return found.status();
+  if (found.ok() && *found == place.sha256) return absl::OkStatus();
+  return Changed(place.model, path, absl::StrCat("the tensor ", place.tensor, " has other values"));
+}
+
+absl::StatusOr<FileRange> ModelRegistry::OpenTensor(const std::string& sha256, bool check) const {
+  std::vector<Place> places;
   {
     absl::MutexLock lock(&mutex_);
     const auto found = tensors_.find(sha256);
     if (found == tensors_.end()) return absl::NotFoundError(absl::StrCat("no file with the content ", sha256));
-    place = found->second;
+    places = found->second;
   }
-  PPFT_ASSIGN_OR_RETURN(const ModelFolder folder, ModelFolder::Resolve(roots_, place.folder));
-  FileRange range;
-  PPFT_ASSIGN_OR_RETURN(range.fd, folder.Open(place.file));
-  range.offset = place.offset;
-  range.size_bytes = place.size_bytes;
-  return range;
+  absl::Status first;
+  for (const Place& place : places) {
+    int64_t modified_nanos = 0;
+    absl::StatusOr<FileRange> range = OpenFile(place, &modified_nanos);
+    absl::Status status = range.status();
+    if (status.ok() && (check || Touched(place, modified_nanos))) status = CheckContent(place, *range);
+    if (status.ok()) return range;
+    if (first.ok()) first = status;
+  }
+  return first;
+}
+
+absl::Status ModelRegistry::CheckUnchanged(const v1::ModelRecord& model) {
+  const std::vector<Place> places = PlacesOf(model);
+  std::map<std::string, int64_t> touched;  // path -> time of the change
+  int64_t touched_bytes = 0;
+  for (const Place& place : places) {
+    int64_t modified_nanos = 0;
+    PPFT_RETURN_IF_ERROR(OpenFile(place, &modified_nanos).status());
+    if (!Touched(place, modified_nanos)) continue;
+    touched[JoinPath(place.folder, place.file)] = modified_nanos;
+    touched_bytes += place.size_bytes;
+  }
+  if (touched_bytes > kQuickBytes) return absl::OkStatus();
+  for (const Place& place : places) {
+    if (touched.count(JoinPath(place.folder, place.file)) == 0) continue;
+    int64_t modified_nanos = 0;
+    PPFT_ASSIGN_OR_RETURN(const FileRange range, OpenFile(place, &modified_nanos));
+    PPFT_RETURN_IF_ERROR(CheckContent(place, range));
+  }
+  absl::MutexLock lock(&mutex_);
+  for (const auto& [path, time] : touched) unchanged_[path] = time;
+  return absl::OkStatus();
 }
 
 absl::StatusOr<ModelFolder> ModelRegistry::LinkUploads(const v1::RegisterModelRequest& request, std::string* made) {
@@ -150,6 +252,10 @@ absl::StatusOr<v1::ModelRecord> ModelRegistry::Check(const v1::RegisterModelRequ
   }
   PPFT_RETURN_IF_ERROR(checked.status());
   v1::ModelRecord record = *std::move(checked);
+  if (request.source_case() == v1::RegisterModelRequest::kFiles) {
+    // Their blobs are touched whenever they are used.
+    for (v1::ModelRecord::WeightFile& file : *record.mutable_weight_files()) file.set_modified_unix_nanos(0);
+  }
   record.mutable_model()->set_name(request.name());
   *record.mutable_model()->mutable_create_time() = google::protobuf::util::TimeUtil::GetCurrentTime();
   return record;

@@ -39,15 +39,24 @@ class ModelRegistry {
 
   // Where models may lie: the roots of the users, and that of uploads.
   const std::vector<std::string>& roots() const { return roots_; }
-  // The tensor with this content, in any model. NOT_FOUND.
-  absl::StatusOr<FileRange> OpenTensor(const std::string& sha256) const;
+  // The tensor with this content, in any model; hashed first if `check` or if its file was touched since the registration. NOT_FOUND if no model has it;
+  // FAILED_PRECONDITION with the reason MODEL_INVALID, file, tensor and remedy if the file is not what was registered.
+  absl::StatusOr<FileRange> OpenTensor(const std::string& sha256, bool check) const;
+  // Are the model's files what was registered? The same errors. Sizes and times are compared; files that were touched are hashed if that is quick, larger
+  // ones tensor by tensor when they are served.
+  absl::Status CheckUnchanged(const v1::ModelRecord& model);
 
  private:
   struct Place {
+    std::string model;
+    std::string tensor;
+    std::string sha256;
     std::string folder;
     std::string file;
     int64_t offset = 0;
     int64_t size_bytes = 0;
+    int64_t file_bytes = 0;      // when registered; 0 = not known
+    int64_t modified_nanos = 0;  // when registered; 0 = not known, or of no meaning: uploads share their files
   };
 
   std::string UploadedDir() const { return JoinPath(blobs_->data_dir(), "models"); }
@@ -56,6 +65,12 @@ class ModelRegistry {
   absl::StatusOr<v1::ModelRecord> Check(const v1::RegisterModelRequest& request, const std::function<bool()>& cancelled, std::string* made);
   absl::StatusOr<v1::ModelRecord> Commit(Controller& controller, const v1::RegisterModelRequest& request, const v1::ModelRecord& record);
   void Index(const v1::ModelRecord& record);
+  static std::vector<Place> PlacesOf(const v1::ModelRecord& record);
+  // The range of a file that has its size still.
+  absl::StatusOr<FileRange> OpenFile(const Place& place, int64_t* modified_nanos) const;
+  static absl::Status CheckContent(const Place& place, const FileRange& range);
+  // True if the file was touched since the registration and since it was last found unchanged.
+  bool Touched(const Place& place, int64_t modified_nanos) const;
 
   BlobStore* const blobs_;
   PrepareRunner* const prepare_;
@@ -63,7 +78,8 @@ class ModelRegistry {
   const std::vector<std::string> user_roots_;
   absl::Mutex register_mutex_;  // one registration at a time: each uses all cores
   mutable absl::Mutex mutex_;
-  std::map<std::string, Place> tensors_ ABSL_GUARDED_BY(mutex_);  // by sha256
+  std::map<std::string, std::vector<Place>> tensors_ ABSL_GUARDED_BY(mutex_);  // by sha256
+  std::map<std::string, int64_t> unchanged_ ABSL_GUARDED_BY(mutex_);           // path -> time of change of a file that was found to be as registered
 };
 
 }  // namespace ppft::coordinator

@@ -345,7 +345,7 @@ grpc::Status ArtifactServiceImpl::CreateAdapter(grpc::ServerContext*, const v1::
 
 grpc::Status WorkerFilesImpl::FetchFile(grpc::ServerContext* context, const v1::FetchFileRequest* request, grpc::ServerWriter<v1::FileChunk>* writer) {
   auto range = OpenBlobRange(*blobs_, request->sha256());
-  if (absl::IsNotFound(range.status())) range = models_->OpenTensor(request->sha256());
+  if (absl::IsNotFound(range.status())) range = models_->OpenTensor(request->sha256(), request->check());
   if (!range.ok()) return Reply(range.status());
   return Reply(SendRange(*range, request->offset(), context, writer));
 }

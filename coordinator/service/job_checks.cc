@@ -100,11 +100,16 @@ absl::StatusOr<SpecFacts> GatherFacts(JobStore& store, const v1::JobSpec& spec) 
   return facts;
 }
 
-std::vector<v1::Violation> CheckSpec(const v1::JobSpec& spec, const SpecFacts& facts, bool uploaded, const AdapterCheck& check_adapter) {
+std::vector<v1::Violation> CheckSpec(const v1::JobSpec& spec, const SpecFacts& facts, bool uploaded, const AdapterCheck& check_adapter,
+                                     const ModelFilesCheck& check_model_files) {
   std::vector<v1::Violation> violations = spec::Check(spec);
   const bool sound = violations.empty();
   CheckModelName(spec.model().base_model(), facts, violations);
   CheckDatasets(spec, facts, uploaded, violations);
+  if (facts.model.has_value()) {
+    const absl::Status unchanged = check_model_files(*facts.model);
+    if (!unchanged.ok()) Add(violations, "model.base_model", std::string(unchanged.message()));
+  }
   // The layout's arithmetic holds only for numbers that are in range.
   if (facts.model.has_value() && sound) CheckAgainstModel(spec, *facts.model, violations);
   const std::string& adapter = spec.model().init_adapter();

@@ -26,8 +26,12 @@ absl::StatusOr<SpecFacts> GatherFacts(JobStore& store, const v1::JobSpec& spec);
 // Reads the adapter's files: may it start this job? INVALID_ARGUMENT if not.
 using AdapterCheck = std::function<absl::Status(const v1::ArtifactManifest&, const v1::ModelRecord&, const v1::AdapterSpec&)>;
 
+// Are the model's files still what was registered? The message names file and remedy.
+using ModelFilesCheck = std::function<absl::Status(const v1::ModelRecord&)>;
+
 // All violations at once. `uploaded`: datasets must be ids of uploaded ones; otherwise a path that is not an id is let pass, to be uploaded later.
-std::vector<v1::Violation> CheckSpec(const v1::JobSpec& spec, const SpecFacts& facts, bool uploaded, const AdapterCheck& check_adapter);
+std::vector<v1::Violation> CheckSpec(const v1::JobSpec& spec, const SpecFacts& facts, bool uploaded, const AdapterCheck& check_adapter,
+                                     const ModelFilesCheck& check_model_files);
 
 // INVALID_ARGUMENT: "field: message", a line per violation, with the fields as details.
 absl::Status ViolationsStatus(const std::vector<v1::Violation>& violations);

@@ -55,7 +55,7 @@ bool Matches(const v1::ListJobsRequest& request, const v1::Job& job) {
 
 absl::StatusOr<std::vector<v1::Violation>> JobServiceImpl::Check(const v1::JobSpec& spec, bool uploaded) {
   PPFT_ASSIGN_OR_RETURN(const SpecFacts facts, controller_->Run([&spec](JobStore& store) { return GatherFacts(store, spec); }));
-  return CheckSpec(spec, facts, uploaded, check_adapter_);
+  return CheckSpec(spec, facts, uploaded, check_adapter_, check_model_files_);
 }
 
 grpc::ServerUnaryReactor* JobServiceImpl::ValidateJob(grpc::CallbackServerContext* context, const v1::ValidateJobRequest* request,

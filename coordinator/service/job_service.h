@@ -9,7 +9,8 @@ namespace ppft::coordinator {
 
 class JobServiceImpl final : public v1::JobService::CallbackService {
  public:
-  JobServiceImpl(JobController* controller, AdapterCheck check_adapter) : controller_(controller), check_adapter_(std::move(check_adapter)) {}
+  JobServiceImpl(JobController* controller, AdapterCheck check_adapter, ModelFilesCheck check_model_files)
+      : controller_(controller), check_adapter_(std::move(check_adapter)), check_model_files_(std::move(check_model_files)) {}
 
   grpc::ServerUnaryReactor* ValidateJob(grpc::CallbackServerContext* context, const v1::ValidateJobRequest* request,
                                         v1::ValidateJobResponse* response) override;
@@ -35,6 +36,7 @@ class JobServiceImpl final : public v1::JobService::CallbackService {
 
   JobController* const controller_;
   const AdapterCheck check_adapter_;
+  const ModelFilesCheck check_model_files_;
 };
 
 }  // namespace ppft::coordinator

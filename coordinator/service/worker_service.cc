@@ -42,7 +42,8 @@ class WorkerStream : public grpc::ServerBidiReactor<v1::WorkerMessage, v1::Coord
         return absl::OkStatus();
       });
       std::lock_guard<std::mutex> lock(link_->mutex_);
-      return EndLocked(absl::OkStatus());
+      // Unless the worker has gone: then nobody hears it.
+      return EndLocked(absl::InvalidArgumentError("a message could not be read: it is malformed or too large"));
     }
     v1::CoordinatorMessage clock;
     if (incoming_.heartbeat().sent_unix_nanos() != 0) {

@@ -1,5 +1,6 @@
 // The room as clients see it: uploads, datasets, registration with everything that must be refused, files for workers. Through gRPC on loopback,
 // with a real store and the real ppft-prepare.
+#include <fcntl.h>
 #include <grpcpp/grpcpp.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -11,6 +12,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/time.h"
 #include "common/base/files.h"
 #include "common/base/sha256.h"
 #include "common/model/peft.h"
@@ -131,9 +133,10 @@ class ServicesTest : public ::testing::Test {
     EXPECT_TRUE(v1::ModelService::NewStub(channel_)->ListModels(&context, v1::ListModelsRequest(), &response).ok());
     return response.models_size();
   }
-  grpc::Status Fetch(const std::string& sha256, int64_t offset, std::string* bytes) {
+  grpc::Status Fetch(const std::string& sha256, int64_t offset, std::string* bytes, bool check = false) {
     grpc::ClientContext context;
     v1::FetchFileRequest request;
+    request.set_check(check);
     request.set_sha256(sha256);
     request.set_offset(offset);
     auto reader = v1::WorkerService::NewStub(channel_)->FetchFile(&context, request);
@@ -256,6 +259,58 @@ TEST_F(ServicesTest, RegistersAFolderAndServesItsTensorsAfterARestart) {
   // Other content under the same name.
   PutWeights(folder, "model.safetensors", ParsedTinyConfig(), [](model::TensorInfo&, std::string& raw) { return raw[0] ^= 1, true; });
   EXPECT_EQ(Register("tiny", folder).error_code(), grpc::StatusCode::ALREADY_EXISTS);
+}
+
+TEST_F(ServicesTest, AModelThatChangedAfterItsRegistrationIsRefusedWithFileAndTensor) {
+  const std::string folder = JoinPath(dir_, "root/tiny");
+  const std::string file = JoinPath(folder, "model.safetensors");
+  PutTinyModel(folder);
+  grpc::Status status = Register("tiny", folder);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  const auto record = controller_->Run([](JobStore& store) { return store.GetModel("tiny"); });
+  ASSERT_TRUE(record.ok());
+  ASSERT_EQ(record->weight_files_size(), 1);
+  const v1::TensorRef& tensor = record->tensors(4).tensor();
+  const auto set_time = [&](int64_t nanos) {
+    const timespec time = absl::ToTimespec(absl::FromUnixNanos(nanos));
+    const timespec times[2] = {time, time};
+    ASSERT_EQ(utimensat(AT_FDCWD, file.c_str(), times, 0), 0);
+  };
+  const auto expect_refused = [&](const absl::Status& refused) {
+    EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition) << refused;
+    EXPECT_EQ(net::GetErrorInfo(refused).reason, "MODEL_INVALID");
+    EXPECT_THAT(std::string(refused.message()), HasSubstr(file));
+    EXPECT_THAT(std::string(refused.message()), HasSubstr("ppctl models register"));
+  };
+  std::string bytes;
+  set_time(record->weight_files(0).modified_unix_nanos() + 1000000000);  // touched, with the same bytes
+  EXPECT_TRUE(Fetch(tensor.content().sha256(), 0, &bytes).ok());
+  EXPECT_TRUE(artifacts_->CheckModel(*record).ok());
+
+  PutWeights(folder, "model.safetensors", ParsedTinyConfig(), [&](model::TensorInfo& info, std::string& raw) {
+    if (info.name == tensor.name()) raw[0] = static_cast<char>(raw[0] ^ 1);
+    return true;
+  });
+  expect_refused(artifacts_->CheckModel(*record));
+  EXPECT_THAT(std::string(artifacts_->CheckModel(*record).message()), HasSubstr(tensor.name()));
+  expect_refused(net::StatusFromGrpc(Fetch(tensor.content().sha256(), 0, &bytes)));
+  set_time(record->weight_files(0).modified_unix_nanos());  // a change that hides its time: seen when the worker says what it got
+  EXPECT_TRUE(Fetch(tensor.content().sha256(), 0, &bytes).ok());
+  EXPECT_NE(Sha256Hex(bytes), tensor.content().sha256());
+  status = Fetch(tensor.content().sha256(), 0, &bytes, /*check=*/true);
+  expect_refused(net::StatusFromGrpc(status));
+  EXPECT_THAT(status.error_message(), HasSubstr(tensor.name()));
+  EXPECT_TRUE(Fetch(record->tensors(5).tensor().content().sha256(), 0, &bytes, /*check=*/true).ok()) << "another tensor is as it was";
+
+  ASSERT_TRUE(RemoveAll(folder).ok());
+  const absl::Status gone = artifacts_->CheckModel(*record);
+  EXPECT_EQ(net::GetErrorInfo(gone).reason, "MODEL_INVALID");
+  EXPECT_THAT(std::string(gone.message()), HasSubstr(folder + ": the folder is gone"));
+  // The same content in another place is as good.
+  PutTinyModel(JoinPath(dir_, "root/copy"));
+  ASSERT_TRUE(Register("copy", "copy").ok());
+  EXPECT_TRUE(Fetch(tensor.content().sha256(), 0, &bytes).ok());
+  EXPECT_EQ(Sha256Hex(bytes), tensor.content().sha256());
 }
 
 TEST_F(ServicesTest, RegistersShardsAndUploads) {

@@ -34,6 +34,7 @@ class FakeWorker {
       std::lock_guard<std::mutex> lock(mutex_);
       welcomed_ = false;
       ended_ = false;
+      read_over_ = false;
     }
     context_ = std::make_unique<grpc::ClientContext>();
     context_->set_wait_for_ready(true);
@@ -68,6 +69,32 @@ class FakeWorker {
     if (stream_ != nullptr) stream_->Finish();
     stream_.reset();
     context_.reset();
+  }
+
+  // Waits for the answer to hello: false if the stream ended instead.
+  bool WaitForWelcome() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait_for(lock, std::chrono::seconds(30), [&] { return welcomed_ || read_over_; });
+    return welcomed_;
+  }
+  // Waits until the coordinator ends the stream, and says how.
+  grpc::Status WaitForEnd() {
+    reader_.join();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ended_ = true;
+      changed_.notify_all();
+    }
+    beater_.join();
+    const grpc::Status status = stream_->Finish();
+    stream_.reset();
+    context_.reset();
+    return status;
+  }
+  // No heartbeats from now on.
+  void FallSilent() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    silent_ = true;
   }
 
   // Waits until the worker holds this rank at this epoch.
@@ -139,11 +166,16 @@ class FakeWorker {
       if (message.has_directive()) ApplyLocked(message.directive());
       changed_.notify_all();
     }
+    std::lock_guard<std::mutex> lock(mutex_);
+    read_over_ = true;
+    changed_.notify_all();
   }
 
   void Beat() {
     std::unique_lock<std::mutex> lock(mutex_);
-    while (!changed_.wait_for(lock, std::chrono::milliseconds(100), [&] { return ended_; })) HeartbeatLocked();
+    while (!changed_.wait_for(lock, std::chrono::milliseconds(100), [&] { return ended_; })) {
+      if (!silent_) HeartbeatLocked();
+    }
   }
 
   void ApplyLocked(const v1::Directive& directive) {
@@ -180,6 +212,8 @@ class FakeWorker {
   v1::Directive last_;
   bool stubborn_ = false;
   bool ended_ = false;
+  bool read_over_ = false;
+  bool silent_ = false;
   bool welcomed_ = false;
   int64_t welcome_acked_ = -1;
   int64_t acked_ = 0;

@@ -5,6 +5,8 @@
 
 #include <csignal>
 
+#include "absl/time/clock.h"
+#include "common/net/status.h"
 #include "tests/coordinator/service/fake_worker.h"
 #include "tests/coordinator/service/test_service.h"
 
@@ -97,6 +99,20 @@ class JobLifeTest : public ServiceTest {
     WaitFor(id, v1::JOB_STATE_SUCCEEDED);
   }
 
+  void WaitUntilUnlinked(const std::string& name) {
+    std::string state;
+    for (int i = 0; i < 3000 && state != "lost"; ++i) {
+      absl::SleepFor(absl::Milliseconds(10));
+      grpc::ClientContext context;
+      v1::ListWorkersResponse response;
+      ASSERT_TRUE(cluster_->ListWorkers(&context, {}, &response).ok());
+      for (const v1::Worker& worker : response.workers()) {
+        if (worker.name() == name) state = worker.state();
+      }
+    }
+    EXPECT_EQ(state, "lost");
+  }
+
   std::vector<std::unique_ptr<FakeWorker>> workers_;
 };
 
@@ -174,9 +190,41 @@ TEST_F(JobLifeTest, ANewIncarnationEndsTheOldOnesRanks) {
   Begin();
   const std::string id = Submit(Spec(2));
   MakeReady(id, 1);
+  workers_[1].reset();
+  WaitUntilUnlinked("worker-1");
   workers_[1] = std::make_unique<FakeWorker>(address_, "worker-1", "second");
+  EXPECT_TRUE(workers_[1]->WaitForWelcome()) << "the old one's connection has ended: its name is free at once";
   MakeReady(id, 2);
   EXPECT_THAT(Road(id), HasSubstr("RUNNING RECOVERING QUEUED STARTING RUNNING"));
+}
+
+TEST_F(JobLifeTest, AStrangerOfTheSameNameIsRefusedAndTheFirstGoesOn) {
+  Begin();
+  const std::string id = Submit(Spec(2));
+  MakeReady(id, 1);
+  FakeWorker stranger(address_, "worker-1", "stranger");
+  EXPECT_FALSE(stranger.WaitForWelcome());
+  const grpc::Status refused = stranger.WaitForEnd();
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::ALREADY_EXISTS);
+  EXPECT_THAT(refused.error_message(), HasSubstr("\"worker-1\" is in use by a ppft-worker at 127.0.0.1"));
+  EXPECT_THAT(refused.error_message(), HasSubstr("--name"));
+  EXPECT_EQ(net::GetErrorInfo(net::StatusFromGrpc(refused)).reason, "WORKER_NAME_IN_USE");
+  Finish(id, 1);
+  EXPECT_EQ(Get(id).status().restarts(), 0);
+}
+
+TEST_F(JobLifeTest, TheNameOfASilentWorkerIsFreeWhenItsLeaseEnds) {
+  options_.lease = absl::Milliseconds(800);
+  Begin();
+  const std::string id = Submit(Spec(2));
+  MakeReady(id, 1);
+  const std::unique_ptr<FakeWorker> silent = std::move(workers_[1]);
+  silent->FallSilent();
+  do {
+    workers_[1] = std::make_unique<FakeWorker>(address_, "worker-1", "second");
+  } while (!workers_[1]->WaitForWelcome());
+  EXPECT_EQ(net::GetErrorInfo(net::StatusFromGrpc(silent->WaitForEnd())).reason, "WORKER_REPLACED");
+  MakeReady(id, 2);
 }
 
 TEST_F(JobLifeTest, ASilentWorkerIsLostWhenItsLeaseEnds) {

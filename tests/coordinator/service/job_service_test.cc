@@ -95,6 +95,15 @@ TEST_F(JobServiceTest, ValidationNamesFieldAndRemedy) {
   }
 }
 
+TEST_F(JobServiceTest, AModelWhoseFilesChangedIsRefused) {
+  model_files_ = absl::FailedPreconditionError("/models/tiny/model.safetensors: the file is gone");
+  EXPECT_THAT(Fields(Spec(1)), ElementsAre("model.base_model: /models/tiny/model.safetensors: the file is gone"));
+  v1::Job job;
+  const grpc::Status refused = TrySubmit(Spec(1), "r", &job);
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(refused.error_message(), HasSubstr("the file is gone"));
+}
+
 TEST_F(JobServiceTest, APathIsValidBeforeTheUploadAndRefusedAtSubmit) {
   v1::JobSpec spec = Spec(2);
   spec.mutable_data()->mutable_datasets(0)->set_path("train.jsonl");

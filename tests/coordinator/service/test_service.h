@@ -128,9 +128,10 @@ class ServiceTest : public testing::Test {
     metrics_ = std::make_unique<metrics::CoordinatorMetrics>("test");
     controller_ = std::make_unique<JobController>(*std::move(store), &work_, metrics_.get(), PlanAsAsked, options_);
     ASSERT_TRUE(controller_->Start().ok());
-    jobs_service_ = std::make_unique<JobServiceImpl>(controller_.get(), [](const v1::ArtifactManifest&, const v1::ModelRecord&, const v1::AdapterSpec&) {
-      return absl::InvalidArgumentError("another model's adapter");
-    });
+    jobs_service_ = std::make_unique<JobServiceImpl>(
+        controller_.get(),
+        [](const v1::ArtifactManifest&, const v1::ModelRecord&, const v1::AdapterSpec&) { return absl::InvalidArgumentError("another model's adapter"); },
+        [this](const v1::ModelRecord&) { return model_files_; });
     cluster_service_ = std::make_unique<ClusterServiceImpl>(controller_.get(), "test", dir_,
                                                             [](const std::vector<v1::ModelRecord>& models, const std::vector<v1::Dataset>& datasets, bool) {
                                                               v1::CheckFilesResponse response;
@@ -258,6 +259,7 @@ class ServiceTest : public testing::Test {
   StandInWork work_;
   NoFiles files_;
   std::unique_ptr<metrics::CoordinatorMetrics> metrics_;
+  absl::Status model_files_;  // the answer of their check
   std::unique_ptr<JobController> controller_;
   std::unique_ptr<JobServiceImpl> jobs_service_;
   std::unique_ptr<ClusterServiceImpl> cluster_service_;
