@@ -141,6 +141,9 @@ absl::StatusOr<std::map<int, std::unique_ptr<StageModel>>> Trainer::MergedStages
   for (const int stage : config_.me().stages) {
     StageOptions options = OptionsOf(stage);
     options.lora.target_modules.clear();
+    // One short document goes through it, once.
+    options.least_tokens = 0;
+    options.capture = false;
     // The file lies on this rank alone, and the whole of it may be more than fits.
     if (shares_layers()) options.weights = WeightHome::kStreamed;
     PPFT_ASSIGN_OR_RETURN(stages[stage], factory_(model_config_, options, source));

@@ -27,9 +27,7 @@ ActivationPool::ActivationPool(int num_layers, const LayerSizes& sizes, Checkpoi
                                int64_t least_tokens)
     : num_layers_(num_layers), sizes_(sizes), checkpointing_(checkpointing), compute_(compute), acc_(acc), least_tokens_(least_tokens) {}
 
-std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing) {
-  tokens = std::max(tokens, least_tokens_);
-  ++generation_;
+std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing) const {
   auto set = std::make_unique<MicrobatchActivations>();
   set->capacity = tokens;
   const auto rows = [&](int64_t columns) {
@@ -74,7 +72,8 @@ MicrobatchActivations& ActivationPool::Keep(int microbatch, int64_t tokens) {
     free_.erase(fit);
   } else {
     if (!free_.empty()) free_.pop_back();
-    set = Allocate(num_layers_, tokens, checkpointing_);
+    ++generation_;
+    set = Allocate(num_layers_, std::max(tokens, least_tokens_), checkpointing_);
   }
   return *(kept_[microbatch] = std::move(set));
 }
@@ -82,7 +81,10 @@ MicrobatchActivations& ActivationPool::Keep(int microbatch, int64_t tokens) {
 MicrobatchActivations& ActivationPool::Transient(int64_t tokens) {
   if (transient_ == nullptr || transient_->capacity < tokens) {
     transient_.reset();
-    transient_ = Allocate(1, tokens, Checkpointing::kNone);
+    // Part of passes with a backward only where that makes things again; a probe of few tokens alone needs little.
+    const bool recomputes = checkpointing_ != Checkpointing::kNone;
+    if (recomputes) ++generation_;
+    transient_ = Allocate(1, recomputes ? std::max(tokens, least_tokens_) : tokens, Checkpointing::kNone);
   }
   return *transient_;
 }

@@ -52,7 +52,7 @@ struct MicrobatchActivations {
 
 class ActivationPool {
  public:
-  // Sets are made for at least `least_tokens`.
+  // What backward needs is made for at least `least_tokens`.
   ActivationPool(int num_layers, const LayerSizes& sizes, Checkpointing checkpointing, const at::TensorOptions& compute, at::ScalarType acc,
                  int64_t least_tokens);
 
@@ -67,12 +67,12 @@ class ActivationPool {
   // With the micro-batch's numbers and the head's gradient.
   int64_t kept_bytes() const;
   int64_t held_bytes() const;  // of all sets, in use or not
-  // Changes whenever a set's memory comes or goes.
+  // Changes whenever memory that passes with a backward use comes or goes.
   int64_t generation() const { return generation_; }
 
  private:
   static int64_t BytesOf(const MicrobatchActivations& set);
-  std::unique_ptr<MicrobatchActivations> Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing);
+  std::unique_ptr<MicrobatchActivations> Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing) const;
 
   const size_t num_layers_;
   const LayerSizes sizes_;
