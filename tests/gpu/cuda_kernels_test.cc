@@ -157,6 +157,36 @@ TEST_P(CudaKernelsTest, SwiGluAndItsGradient) {
   }
 }
 
+// The gradients are SwiGluBackward's, the sums those of products up to their order; equal inputs give equal sums.
+TEST_P(CudaKernelsTest, SwiGluBackwardWithSums) {
+  for (const Shape& s : {Shape{1024, 64, 16}, {2111, 8192, 16}, {4096, 320, 0}}) {
+    SCOPED_TRACE(std::to_string(s.columns) + " columns");
+    const at::Tensor gate_up = Device(Random({s.rows, 2 * s.columns}, 2.0)), dout = Device(Random({s.rows, s.columns}), s.padding);
+    const at::Tensor lora = Device(Random({s.rows, 32})), d = Device(Random({s.rows, 16}), 8), want = at::empty_like(gate_up), gated = at::empty_like(dout);
+    gpu_.SwiGlu(gate_up, gated);
+    gpu_.SwiGluBackward(dout, gate_up, want);
+    const auto sums = [&] {
+      return std::vector<at::Tensor>{at::full({s.columns, 16}, 0.5, OnGpu(at::kFloat)), at::full({s.columns, 16}, -1.0, OnGpu(at::kFloat)),
+                                     at::full({16, s.columns}, 2.0, OnGpu(at::kFloat))};
+    };
+    const std::vector<at::Tensor> got = sums(), again = sums();
+    const at::Tensor in_place = gate_up.clone(), twice = gate_up.clone();
+    const bool served = gpu_.SwiGluBackwardSums(dout, in_place, lora, d, 2.0, got[0], got[1], got[2]);
+    ASSERT_EQ(served, type_ != at::kFloat);
+    if (!served) {
+      EXPECT_TRUE(at::equal(in_place, gate_up));
+      continue;
+    }
+    ExpectClose(in_place, Host(want));
+    const auto product = [](const at::Tensor& a, const at::Tensor& b) { return at::mm(Host(a).t(), Host(b)); };
+    EXPECT_LT(RelativeError(Host(got[0]), product(in_place.narrow(1, 0, s.columns), lora.narrow(1, 0, 16)) * 2.0 + 0.5), 1e-5);
+    EXPECT_LT(RelativeError(Host(got[1]), product(in_place.narrow(1, s.columns, s.columns), lora.narrow(1, 16, 16)) * 2.0 - 1.0), 1e-5);
+    EXPECT_LT(RelativeError(Host(got[2]), product(d, gated) + 2.0), 1e-4);
+    gpu_.SwiGluBackwardSums(dout, twice, lora, d, 2.0, again[0], again[1], again[2]);
+    for (int i = 0; i < 3; ++i) EXPECT_TRUE(at::equal(again[i], got[i]));
+  }
+}
+
 TEST_P(CudaKernelsTest, SwiGluOfLargeGates) {
   const at::Tensor gate_up = at::full({1, 16}, 1.0, at::kDouble), out = at::empty({1, 8}, at::kDouble);
   for (int i = 0; i < 8; ++i) gate_up[0][i] = (i - 4) * 30.0;

@@ -38,6 +38,11 @@ void Kernels::SwiGluBackwardAndGated(const at::Tensor& dout, const at::Tensor& g
   SwiGluBackward(dout, gate_up, gate_up);
 }
 
+bool Kernels::SwiGluBackwardSums(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double, const at::Tensor&, const at::Tensor&,
+                                 const at::Tensor&) {
+  return false;
+}
+
 void Kernels::RopeToParts(const at::Tensor&, const HeadLayout&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const QkvParts&) {
   TORCH_CHECK(false, "these kernels take q, k and v in one row");
 }

@@ -185,8 +185,9 @@ void DecoderLayer::Backward(const LayerPass& pass, const LayerActivations& saved
     step.dx = dx.narrow(1, 0, layer.in());
     return step;
   };
-  const auto adapters_of = [](LoraLinear& layer, const Step& step, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora) {
-    layer.AdapterGradients(dy, x, lora, step.d, step.dropout, step.dropped);
+  const auto adapters_of = [](LoraLinear& layer, const Step& step, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora,
+                              LoraLinear::Missing missing = LoraLinear::Missing::kBoth) {
+    layer.AdapterGradients(dy, x, lora, step.d, step.dropout, step.dropped, missing);
   };
   // Through a norm that feeds `layer`: adds to dhidden and gives the norm's output again.
   const auto through_norm = [&](LoraLinear& layer, const Step& step, const at::Tensor& x, const at::Tensor& rstd, const at::Tensor& weight, bool dx_needed) {
@@ -203,7 +204,15 @@ void DecoderLayer::Backward(const LayerPass& pass, const LayerActivations& saved
 
   const Step down = input_of(down_, dhidden, true);
   const at::Tensor dgate_up = saved.gate_up;  // in place: the saved values are not needed again
-  if (down_.lora_columns() > 0) {
+  // With adapters on all three, some of their sums may be made on the way.
+  const bool all_adapted = lora_.r > 0 && down_.lora_columns() == lora_.r && gate_up_.lora_columns() == 2 * lora_.r;
+  const std::vector<LoraModule>& two = gate_up_.modules();
+  const bool summed = all_adapted && down.dropout.empty() &&
+                      kernels_.SwiGluBackwardSums(down.dx, saved.gate_up, saved.gate_up_lora, down.d, gate_up_.scale(), two[0].b_gradient, two[1].b_gradient,
+                                                  down_.modules()[0].a_gradient);
+  if (summed) {
+    adapters_of(down_, down, dhidden, at::Tensor(), saved.down_lora, LoraLinear::Missing::kB);
+  } else if (down_.lora_columns() > 0) {
     const at::Tensor gated = in_place ? down.dx : pass.scratch.Get(Scratch::kGated, tokens, ffn);
     kernels_.SwiGluBackwardAndGated(down.dx, saved.gate_up, gated);
     adapters_of(down_, down, dhidden, gated, saved.down_lora);
@@ -211,7 +220,8 @@ void DecoderLayer::Backward(const LayerPass& pass, const LayerActivations& saved
     kernels_.SwiGluBackward(down.dx, saved.gate_up, dgate_up);
   }
   const Step gate_up = input_of(gate_up_, dgate_up, true);
-  adapters_of(gate_up_, gate_up, dgate_up, through_norm(gate_up_, gate_up, saved.middle, saved.middle_rstd, middle_norm_, true), saved.gate_up_lora);
+  adapters_of(gate_up_, gate_up, dgate_up, through_norm(gate_up_, gate_up, saved.middle, saved.middle_rstd, middle_norm_, true), saved.gate_up_lora,
+              summed ? LoraLinear::Missing::kA : LoraLinear::Missing::kBoth);
 
   const at::Tensor attention = saved.attention.narrow(1, 0, heads_.q_size());
   // The gradients of q, k and v, apart, lie behind attention's.

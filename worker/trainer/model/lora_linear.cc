@@ -158,19 +158,19 @@ at::Tensor LoraLinear::InputGradient(const at::Tensor& dy, const at::Tensor& dx,
 }
 
 void LoraLinear::AdapterGradients(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora, const at::Tensor& d,
-                                  const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped) {
+                                  const std::vector<DropoutSequence>& dropout, const at::Tensor& dropped, Missing missing) {
   if (lora_columns_ == 0) return;
-  if (dropout.empty()) kernels_.AddProduct(d.t(), x, 1.0, a_gradient_);
+  if (dropout.empty() && missing != Missing::kB) kernels_.AddProduct(d.t(), x, 1.0, a_gradient_);
   int64_t row = 0;
   int64_t column = 0;
   for (size_t i = 0; i < modules_.size(); ++i) {
     const LoraModule& m = modules_[i];
     if (m.adapted) {
-      if (!dropout.empty()) {
+      if (!dropout.empty() && missing != Missing::kB) {
         kernels_.Dropout(x, dropout[i], dropped);
         kernels_.AddProduct(d.narrow(1, column, r_).t(), dropped, 1.0, m.a_gradient);
       }
-      kernels_.AddProduct(dy.narrow(1, row, m.out).t(), lora.narrow(1, column, r_), scale_, m.b_gradient);
+      if (missing != Missing::kA) kernels_.AddProduct(dy.narrow(1, row, m.out).t(), lora.narrow(1, column, r_), scale_, m.b_gradient);
       column += r_;
     }
     row += m.out;

@@ -38,6 +38,7 @@ class LoraLinear {
   int64_t in() const { return in_; }
   int64_t out() const { return out_; }
   int64_t lora_columns() const { return lora_columns_; }
+  double scale() const { return scale_; }
   const std::vector<LoraModule>& modules() const { return modules_; }
 
   // Elements of the stored matrix.
@@ -70,9 +71,11 @@ class LoraLinear {
   // dropped: rows [T, in], room for one dropped input; needed with dropout alone.
   at::Tensor InputGradient(const at::Tensor& dy, const at::Tensor& dx, bool input_gradient, const std::vector<DropoutSequence>& dropout,
                            const at::Tensor& dropped);
+  // Which of a stack's gradients are still to be made.
+  enum class Missing { kBoth, kA, kB };
   // Adds to the adapters' gradients. x: rows [T, in]; lora: rows [T, R] as Forward filled them; d: as InputGradient returned it.
   void AdapterGradients(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora, const at::Tensor& d, const std::vector<DropoutSequence>& dropout,
-                        const at::Tensor& dropped);
+                        const at::Tensor& dropped, Missing missing = Missing::kBoth);
 
  private:
   // s B of each adapted module into the stored matrix.

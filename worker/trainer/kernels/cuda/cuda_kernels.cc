@@ -132,6 +132,19 @@ class CudaKernels final : public Kernels {
     cuda::SwiGluBackward(TypeOf(dout), rows, columns, MatrixOf(dout, type, rows, columns), both, both, MatrixOf(gated, type, rows, columns), Stream());
   }
 
+  bool SwiGluBackwardSums(const at::Tensor& dout, const at::Tensor& gate_up, const at::Tensor& lora, const at::Tensor& d, double scale,
+                          const at::Tensor& db_gate, const at::Tensor& db_up, const at::Tensor& da) override {
+    const int64_t rows = dout.size(0), columns = dout.size(1), rank = d.size(1);
+    const at::ScalarType type = dout.scalar_type();
+    const Matrix o = MatrixOf(dout, type, rows, columns), both = MatrixOf(gate_up, type, rows, 2 * columns);
+    const Matrix l = MatrixOf(lora, type, rows, 2 * rank), of_d = MatrixOf(d, type, rows, rank);
+    if (!SwiGluBackwardSumsServes(TypeOf(dout), rows, columns, rank, o, both, l, of_d)) return false;
+    const at::Tensor partial = at::empty({SwiGluSumsElements(rows, columns)}, dout.options().dtype(at::kFloat));
+    cuda::SwiGluBackwardSums(TypeOf(dout), rows, columns, o, both, l, of_d, static_cast<float>(scale), partial.data_ptr<float>(),
+                             Flat<float>(db_gate, columns * rank), Flat<float>(db_up, columns * rank), Flat<float>(da, columns * rank), Stream());
+    return true;
+  }
+
   void Attention(const at::Tensor& qkv, const HeadLayout& heads, const Documents& documents, const at::Tensor& out, const at::Tensor& lse) override {
     attention_.Forward(Split(qkv, heads), heads, documents, out, lse);
   }

@@ -48,6 +48,14 @@ void SwiGlu(Type type, int64_t rows, int64_t columns, Matrix gate_up, Matrix out
 // gated.data may be null, or dout's.
 void SwiGluBackward(Type type, int64_t rows, int64_t columns, Matrix dout, Matrix gate_up, Matrix dgate_up, Matrix gated, cudaStream_t stream);
 
+// SwiGluBackward in place with the adapters' sums, for adapters of one rank on gate, up and down. lora: [rows, 2 rank], d: [rows, rank]. Adds to db_gate, db_up
+// ([columns, rank]) scale * the gradients of gate and up, transposed, times lora's halves, and to da ([rank, columns]) d, transposed, times SwiGlu's output.
+// partial: SwiGluSumsElements. Only where ...Serves says so.
+bool SwiGluBackwardSumsServes(Type type, int64_t rows, int64_t columns, int64_t rank, Matrix dout, Matrix gate_up, Matrix lora, Matrix d);
+int64_t SwiGluSumsElements(int64_t rows, int64_t columns);
+void SwiGluBackwardSums(Type type, int64_t rows, int64_t columns, Matrix dout, Matrix gate_up, Matrix lora, Matrix d, float scale, float* partial,
+                        float* db_gate, float* db_up, float* da, cudaStream_t stream);
+
 // row_losses: [rows] fp64 scratch. device_weight, where not null, is read in place of `weight`. Rows with target -1 count for nothing.
 void CrossEntropy(Type type, int64_t rows, int64_t vocab, Matrix logits, const int64_t* targets, float weight, const float* device_weight, bool with_gradient,
                   double* row_losses, double* loss_sum, cudaStream_t stream);
