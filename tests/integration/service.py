@@ -16,6 +16,9 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from small_model import make_small_llama  # noqa: E402
+
 BIN = ROOT / "build" / "bin"
 ASSETS = pathlib.Path(os.environ.get("PPFT_ASSETS", ROOT.parent / "shared" / "assets"))
 STORIES15M = ROOT / ".deps" / "models" / "stories15M"
@@ -159,29 +162,15 @@ class Model:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A Llama with random weights and its own tokenizer, made here: grouped-query attention, tied head, five layers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([json.loads(line)["document"] for line in (DEMO / "train.jsonl").read_text().splitlines()], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(11)
-    config = LlamaConfig(vocab_size=600, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256,
-                         bos_token_id=0, eos_token_id=1, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    folder = make_small_llama(tmp_path_factory.mktemp("models") / "tiny")
     return Model("tiny", folder, 5)
 
 
 @pytest.fixture(scope="session")
-def stories260k():
+def stories260k(tiny):
+    """Where the test assets are not (PPFT_ASSETS), the random model of the same shape."""
     folder = ASSETS / "models" / "stories260K-hf"
-    if not folder.exists():
-        pytest.skip("stories260K is not here: set PPFT_ASSETS to the folder with the test assets")
-    return Model("stories260K", folder, 5)
+    return Model("stories260K", folder, 5) if folder.exists() else tiny
 
 
 @pytest.fixture(scope="session")

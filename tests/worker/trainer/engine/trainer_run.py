@@ -1,17 +1,31 @@
-"""Runs of ppft-trainer through the harness, and the same run by transformers and PEFT."""
-import hashlib, json, math, os, pathlib, subprocess
+"""Runs of ppft-trainer through the harness, and the same run by transformers and PEFT. The model is stories260K where the test assets are (PPFT_ASSETS), else a random one of its shape."""
+import hashlib, json, math, os, pathlib, subprocess, sys
 
 import numpy, pytest
 
 HARNESS = pathlib.Path('build/tests/trainer_harness').resolve()
 ASSETS = pathlib.Path(os.environ.get('PPFT_ASSETS', '../shared/assets')).resolve()
 MODEL = ASSETS / 'models/stories260K-hf'
+if not MODEL.exists():
+    MODEL = pathlib.Path('build/tests/small_model').resolve()
 TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 PROMPTS = ['The dog', 'Once upon a time', 'A girl named Sue', 'The small cat', 'Ben', 'One rainy day', 'The blue door', 'A big box']
 ENDINGS = [' ran to the lake and looked at the fish.', ' wanted to play with a ball.', ' was very sad and sat down.', ' found a key.',
            ' liked to sing songs in the garden all day long.', ' slept under the warm sun.', ' saw a red car and asked to ride in it.']
 
-needs_model = pytest.mark.skipif(not MODEL.exists(), reason=f'the test model {MODEL} is not there (PPFT_ASSETS)')
+
+
+def ensure_model():
+    """Made in a folder of its own first: another process may do the same."""
+    if MODEL.exists():
+        return
+    sys.path.insert(0, str(pathlib.Path('tests').resolve()))
+    from small_model import make_small_llama
+    made = make_small_llama(MODEL.with_name(f'small_model.{os.getpid()}'))
+    try:
+        made.rename(MODEL)
+    except OSError:
+        assert MODEL.exists()
 
 
 def file_ref(path):
