@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import struct
+import subprocess
 import sys
 import zlib
 
@@ -88,6 +89,11 @@ def make_model(folder, shape, tokenizer):
             begin, end = header[name]["data_offsets"]
             f.write(random_bytes(name, size, (end - begin) // 2, by_torch=offset > SMALL_BYTES))
     os.rename(path + ".part", path)
+
+
+def make_apart(folder, shape_name, tokenizer):
+    """make_model in a process of its own: what it held of a GPU is free afterwards."""
+    subprocess.run([sys.executable, os.path.abspath(__file__), shape_name, folder, tokenizer], check=True)
 
 
 if __name__ == "__main__":
