@@ -7,6 +7,7 @@
 #include <filesystem>
 
 #include "common/base/logging.h"
+#include "common/base/stopping.h"
 #include "coordinator/coordinator.h"
 
 namespace {
@@ -60,6 +61,7 @@ int main(int argc, char** argv) {
   std::fflush(stdout);
   int received = 0;
   sigwait(&signals, &received);
+  ppft::ShowStopping();
   ppft::LogInfo("stopping");
   coordinator->reset();
   return 0;

@@ -143,6 +143,9 @@ Result Fetch(Context& context, const FetchOptions& options) {
   PPFT_RETURN_IF_ERROR(AsLocal(RemoveOthers(partial, manifest)));
   // What was fetched, with the checksums and the measured verification, for whoever gets the folder.
   PPFT_RETURN_IF_ERROR(AsLocal(WriteFileAtomic((partial / kManifest).string(), ToJson(manifest, /*pretty=*/true))));
+  std::error_code error;
+  fs::permissions(partial / kManifest, fs::status(partial / manifest.files(0).name(), error).permissions(), error);  // as those that were fetched
+  if (error) return absl::InternalError(absl::StrCat((partial / kManifest).string(), ": ", error.message()));
   PPFT_RETURN_IF_ERROR(PutInPlace(partial, target, options.force));
   int64_t bytes = 0;
   for (const v1::FileRef& file : manifest.files()) bytes += file.size_bytes();

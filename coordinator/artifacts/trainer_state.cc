@@ -35,6 +35,11 @@ std::string Row(absl::string_view name, absl::string_view value) { return absl::
 // JSON writes the shortest text that reads back to the same number.
 std::string Number(double value) { return json(value).dump(); }
 
+// As in adapter_config.json.
+std::string WholeIfWhole(double value) {
+  return value == std::floor(value) && std::abs(value) < 1e15 ? absl::StrCat(static_cast<int64_t>(value)) : Number(value);
+}
+
 std::string Parameters(const v1::JobSpec& spec) {
   std::vector<std::string> sources;
   for (const v1::DatasetSpec& dataset : spec.data().datasets()) {
@@ -45,7 +50,7 @@ std::string Parameters(const v1::JobSpec& spec) {
   const v1::TrainingSpec& t = spec.training();
   std::string out = "| parameter | value |\n|---|---|\n";
   absl::StrAppend(&out, Row("data", absl::StrJoin(sources, ", ")), Row("r", absl::StrCat(spec.adapter().r())),
-                  Row("lora_alpha", Number(spec.adapter().lora_alpha())), Row("lora_dropout", Number(spec.adapter().lora_dropout())),
+                  Row("lora_alpha", WholeIfWhole(spec.adapter().lora_alpha())), Row("lora_dropout", Number(spec.adapter().lora_dropout())),
                   Row("use_rslora", spec.adapter().use_rslora() ? "true" : "false"),
                   Row("target_modules", absl::StrJoin(spec.adapter().target_modules(), ", ")), Row("sequence_len", absl::StrCat(spec.data().sequence_len())),
                   Row("sample_packing", spec.data().sample_packing() ? "true" : "false"), Row("learning_rate", Number(t.learning_rate())),

@@ -42,7 +42,7 @@ Agent::Agent(AgentOptions options, metrics::WorkerMetrics* metrics)
         if (link_ != nullptr) link_->Wake(false);
       }),
       cache_(JoinPath(options_.work_directory, "cache"), options_.cache_limit_bytes,
-             [this](const std::string& sha256, int64_t offset, int fd) { return Download(sha256, offset, fd); }) {
+             [this](const std::string& sha256, int64_t offset, bool check, int fd) { return Download(sha256, offset, check, fd); }) {
   environment_.cache = &cache_;
   environment_.reports = &reports_;
   environment_.metrics = metrics_;
@@ -96,12 +96,7 @@ absl::Status Agent::Run() {
   };
   callbacks.on_directive = [this](const v1::Directive& directive) { OnDirective(directive); };
   callbacks.on_connected = [this](bool connected) { metrics_->SetConnected(connected); };
-  callbacks.on_replaced = [this] {
-    std::lock_guard<std::mutex> lock(mutex_);
-    replaced_ = true;
-    shutdown_ = true;
-    changed_.notify_all();
-  };
+  callbacks.on_name_taken = [this] { OnDirective(v1::Directive()); };
   link_ = std::make_unique<Link>(channel_, options_.coordinator, &reports_, std::move(callbacks));
   link_->Start();
 
@@ -125,11 +120,9 @@ absl::Status Agent::Run() {
     leaving.clear();
   }
   link_->Wake(true);
-  if (!replaced_) link_->Flush(absl::Seconds(2));
+  link_->Flush(absl::Seconds(2));
   link_.reset();
-  if (!replaced_) return absl::OkStatus();
-  return absl::FailedPreconditionError(
-      absl::StrCat("another ppft-worker connected to ", options_.coordinator, " as \"", options_.name, "\": each worker needs a --name of its own"));
+  return absl::OkStatus();
 }
 
 void Agent::Shutdown() {
@@ -221,12 +214,13 @@ std::vector<v1::RankKey> Agent::Running() {
   return keys;
 }
 
-absl::Status Agent::Download(const std::string& sha256, int64_t offset, int fd) {
+absl::Status Agent::Download(const std::string& sha256, int64_t offset, bool check, int fd) {
   grpc::ClientContext context;
   net::SetDeadline(&context, kTransferTimeout);
   v1::FetchFileRequest request;
   request.set_sha256(sha256);
   request.set_offset(offset);
+  request.set_check(check);
   const auto stream = stub_->FetchFile(&context, request);
   v1::FileChunk chunk;
   while (stream->Read(&chunk)) {

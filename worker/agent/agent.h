@@ -56,7 +56,7 @@ class Agent {
   void StartOrUpdate(const v1::RankDirective& directive);
   std::vector<v1::RankKey> Running();
   void Reap();
-  absl::Status Download(const std::string& sha256, int64_t offset, int fd);
+  absl::Status Download(const std::string& sha256, int64_t offset, bool check, int fd);
   absl::Status Upload(const v1::RankKey& rank, const v1::LocalFile& file);
 
   const AgentOptions options_;
@@ -71,7 +71,6 @@ class Agent {
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  bool replaced_ = false;                             // guarded by mutex_
   bool shutdown_ = false;                             // guarded by mutex_
   bool dirty_ = false;                                // guarded by mutex_: Reap has something to look at
   std::map<Key, std::unique_ptr<RankRunner>> ranks_;  // guarded by mutex_: what is wanted

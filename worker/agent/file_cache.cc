@@ -61,7 +61,7 @@ absl::StatusOr<std::string> FileCache::Fetch(const v1::FileRef& file, const std:
   std::chrono::milliseconds pause(100);
   int damaged = 0;
   while (keep_going()) {
-    status = FetchOnce(file, path);
+    status = FetchOnce(file, path, /*check=*/damaged > 0);
     if (status.ok() || (absl::IsDataLoss(status) && ++damaged >= 3)) break;
     if (!absl::IsUnavailable(status) && !absl::IsDataLoss(status) && !absl::IsDeadlineExceeded(status)) break;
     std::unique_lock<std::mutex> lock(mutex_);
@@ -77,13 +77,13 @@ absl::StatusOr<std::string> FileCache::Fetch(const v1::FileRef& file, const std:
   return LinkInto(path, file.sha256(), folder);
 }
 
-absl::Status FileCache::FetchOnce(const v1::FileRef& file, const std::string& path) {
+absl::Status FileCache::FetchOnce(const v1::FileRef& file, const std::string& path, bool check) {
   const std::string part = absl::StrCat(path, kPart);
   {
     Fd fd(open(part.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
     if (!fd) return ErrnoStatus(errno, part);
     PPFT_ASSIGN_OR_RETURN(const int64_t have, FileSize(part));
-    if (have < file.size_bytes()) PPFT_RETURN_IF_ERROR(download_(file.sha256(), have, fd.get()));
+    if (have < file.size_bytes()) PPFT_RETURN_IF_ERROR(download_(file.sha256(), have, check, fd.get()));
   }
   PPFT_ASSIGN_OR_RETURN(const int64_t size, FileSize(part));
   PPFT_ASSIGN_OR_RETURN(const std::string sha256, Sha256File(part));

@@ -19,8 +19,9 @@ namespace ppft::agent {
 
 class FileCache {
  public:
-  // Appends the bytes from `offset` on to the open descriptor; may stop early with an error, the next call goes on where it stopped.
-  using Download = std::function<absl::Status(const std::string& sha256, int64_t offset, int fd)>;
+  // Appends the bytes from `offset` on to the open descriptor; may stop early with an error, the next call goes on where it stopped. `check`: other
+  // content came before, the coordinator has to look whether its own is still right.
+  using Download = std::function<absl::Status(const std::string& sha256, int64_t offset, bool check, int fd)>;
 
   // limit_bytes: the least recently used files go when a fetch would pass it; files in use never do.
   FileCache(std::string directory, int64_t limit_bytes, Download download);
@@ -34,7 +35,7 @@ class FileCache {
 
  private:
   absl::StatusOr<std::string> LinkInto(const std::string& path, const std::string& sha256, const std::string& folder);
-  absl::Status FetchOnce(const v1::FileRef& file, const std::string& path);
+  absl::Status FetchOnce(const v1::FileRef& file, const std::string& path, bool check);
   void Evict(int64_t needed);
 
   const std::string directory_;

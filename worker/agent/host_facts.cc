@@ -10,12 +10,15 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <memory>
+#include <system_error>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "common/base/files.h"
+#include "common/base/sha256.h"
 
 namespace ppft::agent {
 namespace {
@@ -70,6 +73,12 @@ v1::HostFacts GatherHostFacts(const std::string& address) {
   facts.set_cores(UsableCores());
   facts.set_memory_bytes(UsableMemoryBytes());
   return facts;
+}
+
+std::string NameOfFolder(const std::string& hostname, const std::string& work_directory) {
+  std::error_code error;
+  const std::filesystem::path folder = std::filesystem::weakly_canonical(work_directory, error);
+  return absl::StrCat(hostname.substr(0, 56), "-", Sha256Hex(error ? work_directory : folder.string()).substr(0, 6));
 }
 
 int64_t DiskFreeBytes(const std::string& folder) {

@@ -14,6 +14,10 @@ int64_t UsableMemoryBytes();
 // All but what the trainer knows (torch, nccl). `address`: the worker's; its interface is looked for. What is not known stays empty.
 v1::HostFacts GatherHostFacts(const std::string& address);
 
+// "host-1a2b3c": this host's name and what tells the folder from others on hosts of that name, as two network namespaces of one machine are. The same
+// after every start. At most 63 characters.
+std::string NameOfFolder(const std::string& hostname, const std::string& work_directory);
+
 // Free bytes for ordinary use on the disk of `folder`; 0 if that cannot be told.
 int64_t DiskFreeBytes(const std::string& folder);
 

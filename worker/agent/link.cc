@@ -15,12 +15,34 @@ namespace ppft::agent {
 namespace {
 
 constexpr size_t kReportsPerBatch = 256;
+constexpr size_t kBytesPerBatch = 1 << 20;
+// Streams in a row that end with a refusal before their first report is acknowledged: then it is that report.
+constexpr int kRefusals = 3;
 constexpr std::chrono::milliseconds kFirstPause(100);
 constexpr std::chrono::milliseconds kLongestPause(2000);
 
 absl::Duration Positive(const google::protobuf::Duration& duration, absl::Duration fallback) {
   const absl::Duration value = ToDuration(duration);
   return value > absl::ZeroDuration() ? value : fallback;
+}
+
+// How a stream ends when a message was not to be read, or not to be taken: too large, malformed, broken rules.
+bool IsRefusal(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kResourceExhausted:
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kOutOfRange:
+    case absl::StatusCode::kInternal:
+    case absl::StatusCode::kDataLoss:
+      return true;
+    default:
+      return false;
+  }
+}
+
+bool IsNameTaken(const absl::Status& status) {
+  const std::string reason = net::GetErrorInfo(status).reason;
+  return reason == "WORKER_REPLACED" || reason == "WORKER_NAME_IN_USE";
 }
 
 }  // namespace
@@ -66,12 +88,16 @@ void Link::Run() {
     welcomed_ = false;
     const absl::Status status = Serve();
     callbacks_.on_connected(false);
-    if (net::GetErrorInfo(status).reason == "WORKER_REPLACED") return callbacks_.on_replaced();
+    const bool name_taken = IsNameTaken(status);
+    if (name_taken) callbacks_.on_name_taken();
+    JudgeOldestReport(status);
     std::unique_lock<std::mutex> lock(mutex_);
     if (stopping_) return;
     if (welcomed_) pause = kFirstPause;
     // Once per cause: the coordinator may be away for hours.
-    if (told != status.message()) LogWarning("no link to the coordinator at ", coordinator_, ": ", status.message(), "; trying again, trainers go on");
+    if (told != status.message()) {
+      LogWarning("no link to the coordinator at ", coordinator_, ": ", status.message(), name_taken ? "; trying again" : "; trying again, trainers go on");
+    }
     told = std::string(status.message());
     const auto jitter = std::chrono::milliseconds(random() % (pause.count() / 2 + 1));
     if (changed_.wait_for(lock, pause / 2 + jitter, [this] { return stopping_; })) return;
@@ -79,7 +105,17 @@ void Link::Run() {
   }
 }
 
+void Link::JudgeOldestReport(const absl::Status& end) {
+  const int64_t oldest = reports_->first();
+  if (oldest != suspect_seq_) suspect_refusals_ = 0;
+  suspect_seq_ = oldest;
+  if (oldest == 0 || oldest > sent_seq_ || !IsRefusal(end) || ++suspect_refusals_ < kRefusals) return;
+  reports_->Refuse(oldest, absl::StrCat("the coordinator refused it ", kRefusals, " times: ", end.message()));
+  suspect_refusals_ = 0;
+}
+
 absl::Status Link::Serve() {
+  sent_seq_ = 0;
   grpc::ClientContext context;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -151,11 +187,12 @@ void Link::Write(Stream* stream, int64_t acked, absl::Duration interval) {
     }
     // Reports first: a heartbeat that says "ended" must not overtake the report of how.
     while (true) {
-      const std::vector<v1::RankReport> batch = reports_->After(sent, kReportsPerBatch);
+      const std::vector<v1::RankReport> batch = reports_->After(sent, kReportsPerBatch, kBytesPerBatch);
       if (batch.empty()) break;
       for (const v1::RankReport& report : batch) {
         v1::WorkerMessage message;
         *message.mutable_report() = report;
+        sent_seq_ = report.seq();
         if (!stream->Write(message)) return;
         sent = report.seq();
       }

@@ -27,7 +27,7 @@ struct LinkCallbacks {
   std::function<v1::Heartbeat()> heartbeat;  // of now, without revision and clock
   std::function<void(const v1::Directive&)> on_directive;
   std::function<void(bool)> on_connected;
-  std::function<void()> on_replaced;  // another agent connected under this worker's name: this one has to end
+  std::function<void()> on_name_taken;  // another agent has this worker's name: no rank of this one is wanted
 };
 
 class Link {
@@ -51,6 +51,8 @@ class Link {
   absl::Status Serve();
   void Write(Stream* stream, int64_t acked, absl::Duration interval);
   bool WriteHeartbeat(Stream* stream);
+  // A report that breaks every stream that carries it must not be sent for ever.
+  void JudgeOldestReport(const absl::Status& end);
 
   const std::shared_ptr<grpc::Channel> channel_;
   const std::string coordinator_;
@@ -67,7 +69,11 @@ class Link {
   grpc::ClientContext* context_ = nullptr;  // guarded by mutex_; of the live stream
   ClockOffsetEstimate clock_;               // guarded by mutex_
   std::atomic<int64_t> applied_revision_ = 0;
-  bool welcomed_ = false;  // the last stream came to life; own thread only
+  std::atomic<int64_t> sent_seq_ = 0;  // newest report written to the last stream
+  // Own thread only.
+  bool welcomed_ = false;     // the last stream came to life
+  int64_t suspect_seq_ = 0;   // the oldest report when a stream was refused
+  int suspect_refusals_ = 0;  // in a row
   std::thread thread_;
 };
 

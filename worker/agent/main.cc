@@ -44,7 +44,6 @@ int main(int argc, char** argv) {
   ppft::SetLogComponent("worker");
   ppft::agent::AgentOptions options;
   options.version = PPFT_VERSION;
-  options.name = HostName();
   options.coordinator = "127.0.0.1:7070";
   options.work_directory = "ppft-worker-data";
   options.trainer_binary = BesideThisBinary("ppft-trainer");
@@ -59,8 +58,8 @@ int main(int argc, char** argv) {
   app.add_option("--coordinator", options.coordinator, "HOST:PORT of the coordinator")->capture_default_str();
   app.add_option("--devices", devices, "cpu:N: N slots that share the host's cores; cuda:all or cuda:0,2: GPUs")->capture_default_str();
   app.add_option("--threads_per_slot", threads_per_slot, "compute threads of a CPU slot; 0 = cores / slots")->capture_default_str();
-  app.add_option("--name", options.name, "stable name of this worker")->capture_default_str();
-  app.add_option("--work_dir", options.work_directory, "folder for cached files and running ranks")->capture_default_str();
+  app.add_option("--name", options.name, "stable name of this worker; default: the host's name, with --work_dir also a sign of that folder");
+  const CLI::Option* const work_dir = app.add_option("--work_dir", options.work_directory, "folder for cached files and running ranks")->capture_default_str();
   app.add_option("--address", options.address,
                  "address where trainers of other hosts reach this host's; default: the local end of the route to the coordinator");
   app.add_option("--metrics_listen", metrics_listen, "HOST:PORT of /metrics; port 0 = any")->capture_default_str();
@@ -101,6 +100,7 @@ int main(int argc, char** argv) {
     options.address = *std::move(address);
   }
   options.work_directory = std::filesystem::absolute(options.work_directory).string();
+  if (options.name.empty()) options.name = work_dir->count() > 0 ? ppft::agent::NameOfFolder(HostName(), options.work_directory) : HostName();
 
   // Blocked before any thread starts; ServeOffer waits for them.
   sigset_t signals;

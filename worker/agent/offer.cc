@@ -12,6 +12,7 @@
 #include "absl/strings/str_format.h"
 #include "common/base/logging.h"
 #include "common/base/status.h"
+#include "common/base/stopping.h"
 #include "worker/agent/cuda_devices.h"
 #include "worker/agent/devices.h"
 
@@ -102,6 +103,7 @@ absl::Status ServeOffer(const AgentOptions& options, HostOffer offer, metrics::W
         better = true;
         break;
       }
+      if (!better) ShowStopping();
       agent.Shutdown();
     });
     const absl::Status status = agent.Run();

@@ -13,6 +13,7 @@
 #include "common/base/logging.h"
 #include "common/base/proto_time.h"
 #include "common/base/status.h"
+#include "common/net/status.h"
 #include "worker/agent/cuda_devices.h"
 #include "worker/trainer/beat.h"
 
@@ -97,9 +98,14 @@ void RankRunner::Run() {
     progress.join();
   }
   if (!status.ok() && !stopping_) {
-    const bool disk = absl::IsResourceExhausted(status);
-    Enqueue(FailureReport(disk ? "DISK_FULL" : "COMM_ERROR", disk ? "OPERATOR" : "INFRASTRUCTURE", std::string(status.message()),
-                          disk ? "free space under the worker's --work_dir" : "see the worker's log"));
+    if (net::GetErrorInfo(status).reason == "MODEL_INVALID") {
+      Enqueue(FailureReport("MODEL_INVALID", "USER", std::string(status.message()),
+                            "put the file back as it was, or register the model again under another name: ppctl models register NAME FOLDER"));
+    } else {
+      const bool disk = absl::IsResourceExhausted(status);
+      Enqueue(FailureReport(disk ? "DISK_FULL" : "COMM_ERROR", disk ? "OPERATOR" : "INFRASTRUCTURE", std::string(status.message()),
+                            disk ? "free space under the worker's --work_dir" : "see the worker's log"));
+    }
     process_.Kill(SIGKILL);
   }
   if (process_.alive()) {

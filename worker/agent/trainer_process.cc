@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "common/base/status.h"
+#include "nlohmann/json.hpp"
 
 namespace ppft::agent {
 namespace {
@@ -53,6 +54,12 @@ absl::Status ReadExactly(int fd, char* data, size_t size, bool at_frame_start) {
     done += static_cast<size_t>(got);
   }
   return absl::OkStatus();
+}
+
+// What a program wrote, as a message may carry it: protobuf reads no string that is not UTF-8.
+std::string ValidUtf8(const std::string& text) {
+  using nlohmann::json;
+  return json::parse(json(text).dump(-1, ' ', false, json::error_handler_t::replace)).get<std::string>();
 }
 
 }  // namespace
@@ -139,7 +146,7 @@ v1::Exited TrainerProcess::Wait() {
   if (log.ok()) {
     std::vector<std::string> lines = absl::StrSplit(*log, '\n', absl::SkipWhitespace());
     if (lines.size() > 12) lines.erase(lines.begin(), lines.end() - 12);
-    for (const std::string& line : lines) absl::StrAppend(exited.mutable_detail(), line.substr(0, 500), "\n");
+    for (const std::string& line : lines) absl::StrAppend(exited.mutable_detail(), ValidUtf8(line.substr(0, 500)), "\n");
   }
   return exited;
 }

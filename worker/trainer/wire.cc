@@ -328,6 +328,8 @@ std::string Encode(const ExportWritten& exported) {
     v->set_type(verification.type);
     v->set_max_relative_difference(verification.max_relative_difference);
     v->mutable_probe_ids()->Assign(verification.probe_ids.begin(), verification.probe_ids.end());
+    v->set_max_absolute_difference(verification.max_absolute_difference);
+    v->mutable_logit_ids()->Assign(verification.logit_ids.begin(), verification.logit_ids.end());
     v->mutable_last_logits()->Assign(verification.last_logits.begin(), verification.last_logits.end());
   }
   return Bytes(report);

@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/sha256.h"
 #include "common/net/status.h"
+#include "worker/agent/host_facts.h"
 
 namespace ppft::agent {
 namespace {
@@ -31,15 +32,20 @@ class FakeCoordinator final : public v1::WorkerService::Service {
   grpc::Status Connect(grpc::ServerContext* context, Stream* stream) override {
     v1::WorkerMessage message;
     if (!stream->Read(&message)) return grpc::Status::CANCELLED;
-    if (message.hello().name() == "twin") {
-      absl::Status replaced = absl::AbortedError("connected again");
-      net::SetErrorInfo(&replaced, {"WORKER_REPLACED", {}});
-      return net::ToGrpcStatus(replaced);
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (name_taken) {
+        ++turned_away;
+        absl::Status taken = absl::AlreadyExistsError("the name is in use");
+        net::SetErrorInfo(&taken, {"WORKER_NAME_IN_USE", {}});
+        return net::ToGrpcStatus(taken);
+      }
     }
     {
       std::lock_guard<std::mutex> lock(mutex);
       hellos.push_back(message.hello());
       current = stream;
+      current_context = context;
       v1::CoordinatorMessage welcome;
       welcome.mutable_welcome()->set_acked_seq(acked);
       welcome.mutable_welcome()->mutable_heartbeat_interval()->set_nanos(100000000);
@@ -58,6 +64,11 @@ class FakeCoordinator final : public v1::WorkerService::Service {
         stream->Write(answer);
       }
       if (!message.has_report()) continue;
+      if (message.report().report().report_case() == refuse) {
+        ++refusals;
+        current = nullptr;
+        return grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "not to be read");
+      }
       reports.push_back(message.report());
       if (acknowledge) {
         acked = message.report().seq();
@@ -73,6 +84,11 @@ class FakeCoordinator final : public v1::WorkerService::Service {
 
   grpc::Status FetchFile(grpc::ServerContext*, const v1::FetchFileRequest* request, grpc::ServerWriter<v1::FileChunk>* writer) override {
     std::lock_guard<std::mutex> lock(mutex);
+    if (request->sha256() == changed_model && request->check()) {
+      absl::Status changed = absl::FailedPreconditionError("model.safetensors has changed");
+      net::SetErrorInfo(&changed, {"MODEL_INVALID", {}});
+      return net::ToGrpcStatus(changed);
+    }
     const auto found = files.find(request->sha256());
     if (found == files.end()) return grpc::Status(grpc::StatusCode::NOT_FOUND, "no such content");
     v1::FileChunk chunk;
@@ -138,8 +154,19 @@ class FakeCoordinator final : public v1::WorkerService::Service {
     return std::find(kinds.begin(), kinds.end(), kind) != kinds.end();
   }
 
+  void EndStream() {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (current != nullptr) current_context->TryCancel();
+  }
+
   std::mutex mutex;
   bool acknowledge = true;
+  bool name_taken = false;  // every hello is refused
+  int turned_away = 0;
+  std::string changed_model;                                                 // content that the coordinator does not have any more
+  v1::TrainerReport::ReportCase refuse = v1::TrainerReport::REPORT_NOT_SET;  // ends the stream that carries one
+  int refusals = 0;
+  grpc::ServerContext* current_context = nullptr;
   int64_t acked = 0;
   Stream* current = nullptr;
   v1::Directive directive;
@@ -342,6 +369,23 @@ TEST_F(AgentTest, AFileThatTheCoordinatorDoesNotHaveIsAFailureNotAHang) {
   EXPECT_THAT(coordinator_.reports.back().report().failure().reason().message(), HasSubstr("train.safetensors"));
 }
 
+TEST_F(AgentTest, ATensorThatIsNotTheRegisteredOneIsTheModelsFailure) {
+  v1::RankDirective rank = Rank("steps");
+  {
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    coordinator_.changed_model = rank.tensors(0).content().sha256();
+    coordinator_.files[coordinator_.changed_model] = std::string(100, 'x');
+  }
+  coordinator_.Direct({rank});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("failure"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  const v1::Reason& reason = coordinator_.reports.back().report().failure().reason();
+  EXPECT_EQ(reason.code(), "MODEL_INVALID");
+  EXPECT_EQ(reason.owner(), "USER");
+  EXPECT_THAT(reason.message(), HasSubstr("fetching model.norm.weight: model.safetensors has changed"));
+  EXPECT_THAT(reason.remedy(), HasSubstr("ppctl models register"));
+}
+
 TEST_F(AgentTest, ATraceIsPassedToTheTrainerAndItsAnswerBack) {
   v1::RankDirective rank = Rank("trace");
   coordinator_.Direct({rank});
@@ -362,16 +406,55 @@ TEST_F(AgentTest, HeartbeatsTellTheClocksOffset) {
   EXPECT_GT(coordinator_.heartbeat.disk_free_bytes(), 0);
 }
 
-TEST_F(AgentTest, AnAgentWhoseNameAnotherOneTookEndsAndSaysSo) {
-  AgentOptions options;
-  options.coordinator = absl::StrCat("127.0.0.1:", port_);
-  options.name = "twin";
-  options.work_directory = directory_ + "-twin";
-  Agent twin(options, &metrics_);
-  const absl::Status status = twin.Run();
-  std::filesystem::remove_all(directory_ + "-twin");
-  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_THAT(std::string(status.message()), HasSubstr("\"twin\""));
+TEST_F(AgentTest, AReportThatNoMessageHoldsIsAFailureAndTheLinkLives) {
+  coordinator_.Direct({Rank("big")});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("exited"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  EXPECT_THAT(coordinator_.Kinds(), ElementsAre("listening", "ready", "failure", "exited"));
+  const v1::Reason& reason = coordinator_.reports[2].report().failure().reason();
+  EXPECT_EQ(reason.code(), "INTERNAL");
+  EXPECT_THAT(reason.message(), HasSubstr("a report (exported) of rank 0 cannot be sent: it has 8"));
+  EXPECT_EQ(coordinator_.hellos.size(), 1u);
+}
+
+TEST_F(AgentTest, AReportThatTheCoordinatorRefusesIsAFailureAndNotSentForEver) {
+  {
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    coordinator_.refuse = v1::TrainerReport::kFinished;
+  }
+  coordinator_.Direct({Rank("steps")});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("exited"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  EXPECT_THAT(coordinator_.Kinds(), ElementsAre("listening", "ready", "step", "step", "step", "checkpoint", "failure", "exited"));
+  EXPECT_THAT(coordinator_.reports[6].report().failure().reason().message(), HasSubstr("not to be read"));
+  EXPECT_EQ(coordinator_.refusals, 3);
+}
+
+TEST_F(AgentTest, AnAgentWhoseNameIsTakenLetsItsRanksGoAndKeepsTrying) {
+  coordinator_.Direct({Rank("wait")});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
+  const pid_t pid = TrainerPid();
+  {
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    coordinator_.directive.clear_ranks();
+    coordinator_.name_taken = true;
+  }
+  coordinator_.EndStream();
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.turned_away >= 3; }));
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return kill(pid, 0) != 0; }));
+  {
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    coordinator_.name_taken = false;
+  }
+  EXPECT_TRUE(coordinator_.WaitFor([&] { return coordinator_.hellos.size() == 2; })) << "the name is free again";
+}
+
+TEST(HostFacts, FoldersOfOneHostHaveNamesOfTheirOwn) {
+  const std::string name = NameOfFolder("host", "/var/lib/ppft/one");
+  EXPECT_EQ(NameOfFolder("host", "/var/lib/ppft/two/../one"), name);
+  EXPECT_NE(NameOfFolder("host", "/var/lib/ppft/two"), name);
+  EXPECT_THAT(name, HasSubstr("host-"));
+  EXPECT_EQ(NameOfFolder(std::string(64, 'h'), "/x").size(), 63u);
 }
 
 TEST_F(AgentTest, ASecondAgentOnTheSameFolderIsRefused) {

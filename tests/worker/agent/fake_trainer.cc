@@ -3,6 +3,7 @@
 //   "wait"   becomes ready and goes on beating for ever
 //   "hang"   becomes ready and stops beating
 //   "trace"  becomes ready and answers the trace that it is told to make
+//   "big"    exports with more numbers than a message holds, exits 0
 //   "crash"  becomes ready and dies by SIGABRT after a line on stderr
 #include <signal.h>
 #include <unistd.h>
@@ -61,7 +62,7 @@ int main() {
   Send(report);
   const std::string& behaviour = start.spec().name();
   if (behaviour == "crash") {
-    std::fputs("the last words\n", stderr);
+    std::fputs("the last words \xff\n", stderr);
     std::fflush(stderr);
     signal(SIGABRT, SIG_DFL);
     std::abort();
@@ -80,6 +81,12 @@ int main() {
       ppft::trainer::WriteBeat(beat, ppft::trainer::Section::kForward, 1, 0);
       usleep(20000);
     }
+  }
+  if (behaviour == "big") {
+    ppft::v1::Verification* verification = report.mutable_exported()->add_verifications();
+    for (int i = 0; i < 2 << 20; ++i) verification->add_last_logits(0.5f);
+    Send(report);
+    return 0;
   }
   for (int step = 1; step <= 3; ++step) {
     report.mutable_step()->mutable_row()->set_step(step);

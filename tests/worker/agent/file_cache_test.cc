@@ -42,7 +42,7 @@ bool Always() { return true; }
 TEST_F(FileCacheTest, ACutDownloadGoesOnWhereItStopped) {
   const std::string content = "0123456789";
   std::vector<int64_t> offsets;
-  FileCache cache(root_ + "/cache", 1000, [&](const std::string&, int64_t offset, int fd) -> absl::Status {
+  FileCache cache(root_ + "/cache", 1000, [&](const std::string&, int64_t offset, bool, int fd) -> absl::Status {
     offsets.push_back(offset);
     const absl::Status written = WriteAll(fd, content.substr(static_cast<size_t>(offset), 4), "part");
     return offset + 4 < 10 ? absl::UnavailableError("cut") : written;
@@ -58,13 +58,16 @@ TEST_F(FileCacheTest, ACutDownloadGoesOnWhereItStopped) {
 TEST_F(FileCacheTest, ADamagedDownloadStartsOverAndIsNeverKept) {
   const std::string content = "0123456789";
   int calls = 0;
-  FileCache cache(root_ + "/cache", 1000, [&](const std::string&, int64_t, int fd) { return WriteAll(fd, ++calls == 1 ? "012345678X" : content, "part"); });
+  FileCache cache(root_ + "/cache", 1000, [&](const std::string&, int64_t, bool check, int fd) {
+    EXPECT_EQ(check, calls > 0) << "a copy that was wrong makes the coordinator look at its own";
+    return WriteAll(fd, ++calls == 1 ? "012345678X" : content, "part");
+  });
   ASSERT_TRUE(cache.Open().ok());
   const auto path = cache.Fetch(Ref(content), root_ + "/rank", Always);
   ASSERT_TRUE(path.ok()) << path.status();
   EXPECT_EQ(*ReadFile(*path), content);
   EXPECT_EQ(calls, 2);
-  FileCache always_wrong(root_ + "/other", 1000, [&](const std::string&, int64_t, int fd) { return WriteAll(fd, "XXXXXXXXXX", "part"); });
+  FileCache always_wrong(root_ + "/other", 1000, [&](const std::string&, int64_t, bool, int fd) { return WriteAll(fd, "XXXXXXXXXX", "part"); });
   ASSERT_TRUE(always_wrong.Open().ok());
   EXPECT_EQ(always_wrong.Fetch(Ref(content), root_ + "/rank", Always).status().code(), absl::StatusCode::kDataLoss);
 }
@@ -72,7 +75,7 @@ TEST_F(FileCacheTest, ADamagedDownloadStartsOverAndIsNeverKept) {
 TEST_F(FileCacheTest, TwoFetchesShareOneDownload) {
   const std::string content(1000, 'a');
   std::atomic<int> calls = 0;
-  FileCache cache(root_ + "/cache", 10000, [&](const std::string&, int64_t, int fd) {
+  FileCache cache(root_ + "/cache", 10000, [&](const std::string&, int64_t, bool, int fd) {
     ++calls;
     usleep(100000);
     return WriteAll(fd, content, "part");
@@ -87,7 +90,7 @@ TEST_F(FileCacheTest, TwoFetchesShareOneDownload) {
 
 TEST_F(FileCacheTest, TheLimitDropsFilesThatNoRankHolds) {
   std::string content;
-  FileCache cache(root_ + "/cache", 250, [&](const std::string&, int64_t, int fd) { return WriteAll(fd, content, "part"); });
+  FileCache cache(root_ + "/cache", 250, [&](const std::string&, int64_t, bool, int fd) { return WriteAll(fd, content, "part"); });
   ASSERT_TRUE(cache.Open().ok());
   for (const char letter : {'a', 'b', 'c'}) {
     content = std::string(100, letter);
@@ -105,7 +108,7 @@ TEST_F(FileCacheTest, TheLimitDropsFilesThatNoRankHolds) {
 
 TEST_F(FileCacheTest, AFetchThatIsNoLongerWantedEnds) {
   std::atomic<int> calls = 0;
-  FileCache cache(root_ + "/cache", 250, [&](const std::string&, int64_t, int) {
+  FileCache cache(root_ + "/cache", 250, [&](const std::string&, int64_t, bool, int) {
     ++calls;
     return absl::UnavailableError("away");
   });

@@ -67,8 +67,10 @@ struct StageStats {
 struct Verification {
   std::string type;  // adapter | merged
   double max_relative_difference = 0;
+  double max_absolute_difference = 0;
   std::vector<int32_t> probe_ids;
-  std::vector<float> last_logits;
+  std::vector<int32_t> logit_ids;
+  std::vector<float> last_logits;  // of logit_ids
 };
 
 struct ExportWritten {

@@ -4,6 +4,7 @@
 // gather, so that no rank has to be told.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <functional>
 #include <map>
@@ -110,7 +111,8 @@ class Trainer {
   // On the other replicas: takes part in the passes of replica 0's Verify that need all of them.
   absl::Status HelpVerify();
   absl::Status Verify(const std::string& adapter_path, const std::string& merged_path, std::vector<Verification>* verifications);
-  absl::StatusOr<double> DifferenceToAll(const at::Tensor& a, const at::Tensor& b);
+  // How far a is from b at most: {absolute, relative to b's largest}. The last stage's, known to all of replica 0.
+  absl::StatusOr<std::array<double, 2>> DifferenceToAll(const at::Tensor& a, const at::Tensor& b);
   absl::StatusOr<std::map<int, std::unique_ptr<StageModel>>> MergedStages(const std::string& merged_path);
 
   const PlanSpec& plan() const { return config_.plan; }

@@ -5,7 +5,9 @@
 #include <ATen/ops/sub.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -25,6 +27,9 @@ namespace ppft::trainer {
 namespace {
 
 constexpr int64_t kProbeTokens = 64;
+// Of a verification, whatever the vocabulary: reports and manifests stay small.
+constexpr int64_t kLogits = 256;
+constexpr int64_t kLikeliest = 64;
 
 absl::StatusOr<at::ScalarType> MergeType(const std::string& name) {
   if (name == "float32") return at::kFloat;
@@ -43,6 +48,20 @@ double Tolerance(const std::string& type, const std::string& merge_dtype, at::Sc
 
 absl::Status DiskReason(const absl::Status& status) {
   return absl::IsResourceExhausted(status) ? WithReason(status, "DISK_FULL", "OPERATOR", "free space on the worker's disk") : status;
+}
+
+// The likeliest tokens and every n-th of the vocabulary, ascending.
+std::vector<int32_t> SampledTokens(const float* logits, int64_t vocab) {
+  std::vector<int32_t> ids(static_cast<size_t>(vocab));
+  std::iota(ids.begin(), ids.end(), 0);
+  if (vocab <= kLogits) return ids;
+  std::partial_sort(ids.begin(), ids.begin() + kLikeliest, ids.end(),
+                    [&](int32_t a, int32_t b) { return std::make_pair(-logits[a], a) < std::make_pair(-logits[b], b); });
+  ids.resize(kLikeliest);
+  for (int64_t i = 0; i < kLogits - kLikeliest; ++i) ids.push_back(static_cast<int32_t>(i * vocab / (kLogits - kLikeliest)));
+  std::sort(ids.begin(), ids.end());
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+  return ids;
 }
 
 FileOnDisk Named(const WrittenFile& file, const std::string& name) { return {file.path, name, file.sha256, file.size_bytes}; }
@@ -113,17 +132,18 @@ absl::Status Trainer::ProbeLogits(const std::vector<int32_t>& probe, at::Tensor*
   return interpreter_->Run(lowered[static_cast<size_t>(config_.me().pipeline_rank)], {ProbeInput(probe)}, options, &unused);
 }
 
-absl::StatusOr<double> Trainer::DifferenceToAll(const at::Tensor& a, const at::Tensor& b) {
-  double difference = 0;
+absl::StatusOr<std::array<double, 2>> Trainer::DifferenceToAll(const at::Tensor& a, const at::Tensor& b) {
+  std::array<double, 2> difference = {0, 0};
   if (a.defined()) {
     const double largest = at::max(at::abs(b)).item<double>();
-    difference = at::max(at::abs(at::sub(a, b))).item<double>() / std::max(largest, 1e-30);
+    difference[0] = at::max(at::abs(at::sub(a, b))).item<double>();
+    difference[1] = difference[0] / std::max(largest, 1e-30);
   }
   // The last stage alone knows it; all of replica 0 decide on it.
   std::vector<int> pipeline = mesh_.PipelineOf(0);
   Group group(transport_.get(), 1000 + static_cast<int>(next_pass_++), std::move(pipeline));
   activity_.Enter(Section::kReduce);
-  PPFT_RETURN_IF_ERROR(group.AllReduceSum(absl::Span<double>(&difference, 1)));
+  PPFT_RETURN_IF_ERROR(group.AllReduceSum(absl::Span<double>(difference.data(), difference.size())));
   return difference;
 }
 
@@ -158,7 +178,8 @@ absl::Status Trainer::Verify(const std::string& adapter_path, const std::string&
     PPFT_RETURN_IF_ERROR(ProbeLogits(probe, &own));
 
     const auto compare = [&](const std::string& type) -> absl::Status {
-      PPFT_ASSIGN_OR_RETURN(const double difference, DifferenceToAll(read, own));
+      PPFT_ASSIGN_OR_RETURN(const auto both, DifferenceToAll(read, own));
+      const double difference = both[1];
       const double tolerance = Tolerance(type, config_.merge_dtype, compute_);
       if (!(difference <= tolerance)) {
         return WithReason(
@@ -168,10 +189,12 @@ absl::Status Trainer::Verify(const std::string& adapter_path, const std::string&
       if (!own.defined()) return absl::OkStatus();
       Verification verification;
       verification.type = type;
+      verification.max_absolute_difference = both[0];
       verification.max_relative_difference = difference;
       verification.probe_ids = probe;
       const at::Tensor last = own.select(0, own.size(0) - 1).to(at::kFloat).contiguous();
-      verification.last_logits.assign(last.data_ptr<float>(), last.data_ptr<float>() + last.numel());
+      verification.logit_ids = SampledTokens(last.data_ptr<float>(), last.numel());
+      for (const int32_t id : verification.logit_ids) verification.last_logits.push_back(last.data_ptr<float>()[id]);
       verifications->push_back(std::move(verification));
       return absl::OkStatus();
     };
