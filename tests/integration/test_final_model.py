@@ -41,9 +41,13 @@ def reported_logits_agree(model, folder):
     assert 0 <= float(reported["max_relative_difference"]) <= 1e-4
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[int(token) for token in reported["probe_ids"]]])).logits[0, -1]
+    ids = [int(token) for token in reported["logit_ids"]]
+    assert ids == sorted(set(ids)) and len(ids) <= 256
+    assert set(logits.topk(8).indices.tolist()) <= set(ids), "the likeliest tokens are among them"
     ours = torch.tensor([float(value) for value in reported["last_logits"]])
-    assert ours.shape == logits.shape
-    assert (logits - ours).abs().max() <= 1e-4 * ours.abs().max()
+    assert (logits[ids] - ours).abs().max() <= 1e-4 * ours.abs().max()
+    assert (folder / "manifest.json").stat().st_size < 50_000
+    assert (folder / "manifest.json").stat().st_mode & 0o777 == (folder / "README.md").stat().st_mode & 0o777
 
 
 def test_peft_loads_the_adapter_and_its_logits_are_the_trainers(trained):
