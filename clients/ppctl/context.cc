@@ -3,8 +3,10 @@
 #include <google/protobuf/util/json_util.h>
 
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <tuple>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -59,6 +61,31 @@ void AppendYaml(const OrderedJson& value, const std::string& first, const std::s
   } else {
     absl::StrAppend(out, lead, YamlScalar(value), "\n");
   }
+}
+
+// By field: what the newest plan made of each "auto" in the spec. Empty before the first plan.
+std::map<std::string, std::string> WhatAutoCameTo(const v1::Job& job) {
+  std::map<std::string, std::string> comments;
+  const v1::JobStatus& status = job.status();
+  if (status.assignment().empty()) return comments;
+  int stages = 0, replicas = 0;
+  for (const auto& rank : status.assignment()) {
+    stages = std::max(stages, rank.stage() + 1);
+    replicas = std::max(replicas, rank.replica() + 1);
+  }
+  const v1::ParallelSpec& parallel = job.spec().parallel();
+  const std::string& compute = job.spec().precision().compute();
+  const std::string& device = status.assignment(0).device();
+  const std::tuple<const char*, bool, std::string> fields[] = {
+      {"parallel.pipeline_parallel_size", parallel.pipeline_parallel_size() == 0, absl::StrCat(stages)},
+      {"parallel.data_parallel_size", parallel.data_parallel_size() == 0, absl::StrCat(replicas)},
+      {"parallel.schedule", parallel.schedule() == "auto", status.schedule()},
+      {"parallel.activation_checkpointing", parallel.activation_checkpointing() == "auto", status.activation_checkpointing()},
+      {"precision.compute", compute == "auto", spec::ComputeOn(compute, device.substr(0, device.find(':')))}};
+  for (const auto& [field, is_auto, value] : fields) {
+    if (is_auto && !value.empty()) comments[field] = absl::StrCat("planned: ", value);
+  }
+  return comments;
 }
 
 constexpr int64_t kMaxTokenBytes = 8192;
@@ -231,12 +258,17 @@ std::string ToYamlText(const google::protobuf::Message& message) {
   if (message.GetDescriptor() == v1::Job::descriptor()) {
     v1::Job job;
     job.CopyFrom(message);
-    const std::string spec = spec::ToYaml(job.spec());
+    const std::string spec = spec::ToYaml(job.spec(), WhatAutoCameTo(job));
     job.clear_spec();
     AppendYaml(OrderedJson::parse(ToJson(job, false)), "", "", &text);
     text += "spec:\n";
     for (const absl::string_view line : absl::StrSplit(spec, '\n', absl::SkipEmpty())) absl::StrAppend(&text, "  ", line, "\n");
     return text;
+  }
+  if (message.GetDescriptor() == v1::JobSpec::descriptor()) {
+    v1::JobSpec spec;
+    spec.CopyFrom(message);
+    return spec::ToYaml(spec);
   }
   AppendYaml(OrderedJson::parse(ToJson(message, false)), "", "", &text);
   return text;

@@ -67,7 +67,9 @@ Result DataList(Context& context) {
 
 Result DataShow(Context& context, const ShowOptions& options) {
   PPFT_ASSIGN_OR_RETURN(JobFile job, IsJobFile(options.target) ? JobFile::Load(context, options.target, options.overrides) : JobFor(context, options));
+  PPFT_RETURN_IF_ERROR(job.Report(context));
   PPFT_RETURN_IF_ERROR(job.Resolve(context));
+  PPFT_RETURN_IF_ERROR(job.Report(context));
   const int count = job.spec().data().datasets_size();
   if (options.dataset < 0 || options.dataset >= count) {
     return absl::InvalidArgumentError(absl::StrCat("--dataset ", options.dataset, ": the job has datasets 0 to ", count - 1));

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <iostream>
 #include <iterator>
+#include <tuple>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -21,6 +22,8 @@ namespace fs = std::filesystem;
 
 // Every weight is read and hashed.
 constexpr absl::Duration kRegisterTime = absl::Minutes(30);
+// With a file that is wrong anyway, for a coordinator that does not answer.
+constexpr absl::Duration kPatienceForMore = absl::Seconds(5);
 constexpr const char* kAdapterFiles[] = {"adapter_config.json", "adapter_model.safetensors"};
 
 bool IsIdWith(const std::string& text, absl::string_view prefix, size_t digits, bool hex) {
@@ -63,14 +66,11 @@ absl::StatusOr<JobFile> JobFile::FromText(Context& context, const std::string& n
   JobFile job;
   job.subject_ = name;
   job.parsed_ = spec::Parse(name, text, overrides);
-  std::vector<std::string> complaints;
-  for (const spec::FieldError& error : job.parsed_.errors) complaints.push_back(spec::ToString(error));
+  for (const spec::FieldError& error : job.parsed_.errors) job.Complain(error);
   job.FindLocalFiles(job.parsed_.spec.mutable_data()->mutable_datasets(), "data.datasets", base_folder);
   job.FindLocalFiles(job.parsed_.spec.mutable_data()->mutable_test_datasets(), "data.test_datasets", base_folder);
-  for (std::string& complaint : job.CheckLocalFiles()) complaints.push_back(std::move(complaint));
-  if (std::string complaint = job.CheckAdapterFolder(base_folder); !complaint.empty()) complaints.push_back(std::move(complaint));
-  for (const std::string& complaint : complaints) context.err() << Printable(complaint) << "\n";
-  if (!complaints.empty()) return WrongInput(name, complaints.size());
+  job.CheckLocalFiles();
+  job.CheckAdapterFolder(base_folder);
   return job;
 }
 
@@ -85,42 +85,35 @@ void JobFile::FindLocalFiles(google::protobuf::RepeatedPtrField<v1::DatasetSpec>
   }
 }
 
-std::string JobFile::At(const std::string& field, const std::string& message) const {
+spec::FieldError JobFile::At(const std::string& field, const std::string& message) const {
   v1::Violation violation;
   violation.set_field(field);
   violation.set_message(message);
-  return spec::ToString(parsed_.Locate(violation));
+  return parsed_.Locate(violation);
 }
 
-std::vector<std::string> JobFile::CheckLocalFiles() {
-  std::vector<std::string> complaints;
-  for (const LocalFile& local : local_files_) {
-    std::error_code error;
-    const fs::file_status status = fs::status(local.path, error);
-    if (!fs::exists(status)) {
-      complaints.push_back(At(
-          local.field, absl::StrCat("there is no file ", local.path, ": correct the path (relative to the job file), or use a dataset id (ppctl data list)")));
-    } else if (!fs::is_regular_file(status)) {
-      complaints.push_back(At(local.field, absl::StrCat(local.path, " is not a file: name one JSONL file")));
-    } else {
-      const auto bytes = MappedFile::Open(local.path);
-      if (!bytes.ok()) {
-        complaints.push_back(At(local.field, std::string(bytes.status().message())));
-        continue;
-      }
-      const v1::DatasetSpec& dataset = *local.dataset;
-      if (dataset.type().empty()) continue;  // already refused
-      const std::map<std::string, std::string> field_map(dataset.field_map().begin(), dataset.field_map().end());
-      const absl::StatusOr<data::RowTotals> totals = data::MeasureRows(dataset.source(), bytes->bytes(), dataset.type(), field_map);
-      if (totals.ok()) Count(local, *totals);
-      const absl::Status& rows = totals.status();
-      if (!rows.ok() &&
-          !(absl::IsInvalidArgument(rows) && !parsed_.ok() && data::MakeRowFormat(dataset.source(), dataset.type(), field_map).status() == rows)) {
-        complaints.push_back(std::string(rows.message()));
-      }
-    }
+void JobFile::CheckLocalFiles() {
+  for (const LocalFile& local : local_files_) CheckLocalFile(local);
+}
+
+void JobFile::CheckLocalFile(const LocalFile& local) {
+  std::error_code error;
+  const fs::file_status status = fs::status(local.path, error);
+  if (!fs::exists(status)) {
+    return Complain(
+        At(local.field, absl::StrCat("there is no file ", local.path, ": correct the path (relative to the job file), or use a dataset id (ppctl data list)")));
   }
-  return complaints;
+  if (!fs::is_regular_file(status)) return Complain(At(local.field, absl::StrCat(local.path, " is not a file: name one JSONL file")));
+  const auto bytes = MappedFile::Open(local.path);
+  if (!bytes.ok()) return Complain(At(local.field, std::string(bytes.status().message())));
+  const v1::DatasetSpec& dataset = *local.dataset;
+  if (dataset.type().empty()) return;  // already refused
+  const std::map<std::string, std::string> field_map(dataset.field_map().begin(), dataset.field_map().end());
+  const absl::StatusOr<data::RowTotals> totals = data::MeasureRows(dataset.source(), bytes->bytes(), dataset.type(), field_map);
+  if (totals.ok()) return Count(local, *totals);
+  const absl::Status& rows = totals.status();
+  const bool known = absl::IsInvalidArgument(rows) && !parsed_.ok() && data::MakeRowFormat(dataset.source(), dataset.type(), field_map).status() == rows;
+  if (!known) complaints_.push_back({At(local.field, ""), std::string(rows.message())});
 }
 
 void JobFile::Count(const LocalFile& local, const data::RowTotals& totals) {
@@ -136,23 +129,25 @@ double JobFile::supervised_ratio() const {
   return all_rows_seen_ && text_bytes_ > 0 ? static_cast<double>(answer_bytes_) / static_cast<double>(text_bytes_) : 0;
 }
 
-std::string JobFile::CheckAdapterFolder(const std::string& base_folder) {
+void JobFile::CheckAdapterFolder(const std::string& base_folder) {
   const std::string& adapter = parsed_.spec.model().init_adapter();
-  if (adapter.empty()) return "";
+  if (adapter.empty()) return;
   const std::string folder = Resolved(adapter, base_folder);
+  const auto complain = [this](const std::string& message) {
+    adapter_is_wrong_ = true;
+    Complain(At("model.init_adapter", message));
+  };
   std::error_code error;
   if (!fs::is_directory(folder, error)) {
-    if (IsArtifactId(adapter)) return "";
-    return At("model.init_adapter", absl::StrCat("there is no folder ", folder, ": name a PEFT adapter's folder or an artifact id (adapter-… or a job's id)"));
+    if (IsArtifactId(adapter)) return;
+    return complain(absl::StrCat("there is no folder ", folder, ": name a PEFT adapter's folder or an artifact id (adapter-… or a job's id)"));
   }
   for (const char* file : kAdapterFiles) {
     if (!fs::is_regular_file(fs::path(folder) / file, error)) {
-      return At("model.init_adapter",
-                absl::StrCat(folder, " has no file ", file, ": save the adapter with PEFT's save_pretrained (safetensors, never pickle)"));
+      return complain(absl::StrCat(folder, " has no file ", file, ": save the adapter with PEFT's save_pretrained (safetensors, never pickle)"));
     }
   }
   adapter_folder_ = folder;
-  return "";
 }
 
 absl::Status JobFile::NameBaseModel(Context& context) {
@@ -173,6 +168,8 @@ absl::Status JobFile::NameBaseModel(Context& context) {
     list.set_page_token(page.next_page_token());
   } while (!list.page_token().empty());
 
+  base_is_unnamed_ = true;
+  if (!complaints_.empty()) return absl::OkStatus();
   v1::RegisterModelRequest request;
   request.set_request_id(NewRequestId());
   request.set_path(folder);
@@ -186,17 +183,19 @@ absl::Status JobFile::NameBaseModel(Context& context) {
   context.timeout = timeout;
   if (absl::IsInvalidArgument(registered) || absl::IsAlreadyExists(registered) || absl::IsNotFound(registered)) {
     const char* const remedy = absl::IsAlreadyExists(registered) ? ": `ppctl models register NAME PATH` registers the folder under another name" : "";
-    context.err() << Printable(At("model.base_model", absl::StrCat(registered.message(), remedy))) << "\n";
-    return WrongInput(subject_, 1);
+    Complain(At("model.base_model", absl::StrCat(registered.message(), remedy)));
+    return absl::OkStatus();
   }
   PPFT_RETURN_IF_ERROR(registered);
   *base = model.name();
+  base_is_unnamed_ = false;
   return absl::OkStatus();
 }
 
 absl::Status JobFile::Resolve(Context& context) {
+  if (parsed_.wrong.count("model.base_model") > 0) return absl::OkStatus();
   PPFT_RETURN_IF_ERROR(NameBaseModel(context));
-  if (parsed_.given.count("data.sequence_len") > 0) return absl::OkStatus();
+  if (base_is_unnamed_ || parsed_.given.count("data.sequence_len") > 0) return absl::OkStatus();
   v1::GetModelRequest request;
   request.set_name(parsed_.spec.model().base_model());
   v1::Model model;
@@ -210,19 +209,49 @@ absl::Status JobFile::Resolve(Context& context) {
   return absl::OkStatus();
 }
 
-absl::Status JobFile::Report(Context& context, const google::protobuf::RepeatedPtrField<v1::Violation>& violations) const {
-  if (violations.empty()) return absl::OkStatus();
-  for (const v1::Violation& violation : violations) context.err() << Printable(spec::ToString(parsed_.Locate(violation))) << "\n";
-  return WrongInput(subject_, static_cast<size_t>(violations.size()));
+absl::Status JobFile::Report(Context& context) const {
+  std::vector<Complaint> sorted = complaints_;
+  const auto place = [this](const Complaint& complaint) {
+    return std::make_tuple(complaint.place.file != parsed_.file, complaint.place.line, complaint.place.column);
+  };
+  std::stable_sort(sorted.begin(), sorted.end(), [&](const Complaint& a, const Complaint& b) { return place(a) < place(b); });
+  for (const Complaint& complaint : sorted) context.err() << Printable(complaint.text) << "\n";
+  return sorted.empty() ? absl::OkStatus() : WrongInput(subject_, sorted.size());
+}
+
+absl::Status JobFile::Report(Context& context, const google::protobuf::RepeatedPtrField<v1::Violation>& violations) {
+  for (const spec::FieldError& error : parsed_.News(parsed_.spec, violations)) Complain(error);
+  return Report(context);
+}
+
+absl::Status JobFile::Ask(Context& context) {
+  v1::ValidateJobRequest request;
+  *request.mutable_spec() = parsed_.Judgeable();
+  v1::ModelSpec* model = request.mutable_spec()->mutable_model();
+  if (!adapter_folder_.empty() || adapter_is_wrong_) model->clear_init_adapter();
+  if (base_is_unnamed_) model->clear_base_model();
+  v1::ValidateJobResponse response;
+  PPFT_RETURN_IF_ERROR(context.Call(context.jobs(), &v1::JobService::StubInterface::ValidateJob, request, &response));
+  for (const spec::FieldError& error : parsed_.News(request.spec(), response.violations())) Complain(error);
+  return absl::OkStatus();
 }
 
 absl::Status JobFile::ValidateOnServer(Context& context) {
-  v1::ValidateJobRequest request;
-  *request.mutable_spec() = parsed_.spec;
-  if (!adapter_folder_.empty()) request.mutable_spec()->mutable_model()->clear_init_adapter();
-  v1::ValidateJobResponse response;
-  PPFT_RETURN_IF_ERROR(context.Call(context.jobs(), &v1::JobService::StubInterface::ValidateJob, request, &response));
-  return Report(context, response.violations());
+  PPFT_RETURN_IF_ERROR(Ask(context));
+  return Report(context);
+}
+
+absl::Status JobFile::Check(Context& context) {
+  const absl::Duration timeout = context.timeout;
+  if (!complaints_.empty() && !context.timeout_given) context.timeout = std::min(timeout, kPatienceForMore);
+  absl::Status asked = Resolve(context);
+  if (asked.ok()) asked = Ask(context);
+  context.timeout = timeout;
+  if (complaints_.empty()) PPFT_RETURN_IF_ERROR(asked);
+  for (const spec::FieldError& warning : parsed_.warnings) context.err() << "warning: " << Printable(spec::ToString(warning)) << "\n";
+  const absl::Status wrong = Report(context);
+  if (!asked.ok()) context.err() << "whether there is more to correct could not be asked: " << Printable(std::string(asked.message())) << "\n";
+  return wrong;
 }
 
 absl::StatusOr<v1::Dataset> UploadDataset(Context& context, const std::string& path) {
@@ -256,7 +285,7 @@ absl::Status JobFile::Upload(Context& context) {
   }
   v1::ArtifactManifest adapter;
   const absl::Status created = context.Call(context.artifacts(), &v1::ArtifactService::StubInterface::CreateAdapter, request, &adapter);
-  if (absl::IsInvalidArgument(created)) return absl::InvalidArgumentError(At("model.init_adapter", std::string(created.message())));
+  if (absl::IsInvalidArgument(created)) return absl::InvalidArgumentError(spec::ToString(At("model.init_adapter", std::string(created.message()))));
   PPFT_RETURN_IF_ERROR(created);
   parsed_.spec.mutable_model()->set_init_adapter(adapter.id());
   adapter_folder_.clear();

@@ -12,8 +12,8 @@ namespace ppft::ctl {
 
 class JobFile {
  public:
-  // Reads and parses; checks the local dataset files (row by row) and the local adapter folder. All complaints are printed on err, then the status is
-  // INVALID_ARGUMENT.
+  // Reads and parses; checks the local dataset files (row by row) and the local adapter folder. Complaints are kept for Check or Report. INVALID_ARGUMENT: no
+  // such file.
   static absl::StatusOr<JobFile> Load(Context& context, const std::string& file, const std::vector<std::string>& overrides);
   // The same for a text that stands for a file.
   static absl::StatusOr<JobFile> FromText(Context& context, const std::string& name, const std::string& text, const std::string& base_folder,
@@ -24,13 +24,18 @@ class JobFile {
   // Share of the training text that is learned, by its bytes; 0 if a dataset is not on this machine.
   double supervised_ratio() const;
 
+  // All that can be said before anything is stored: Resolve, then the coordinator's checks of what is not wrong already. Prints warnings and complaints at
+  // their places. INVALID_ARGUMENT if there are complaints, even if the coordinator did not answer.
+  absl::Status Check(Context& context);
   // Registers a base_model that is a path under the coordinator's model roots and puts its name into the spec; asks the model for what the file
-  // leaves open (the longest sequence).
+  // leaves open (the longest sequence). With complaints nothing is registered. A refused path is a complaint.
   absl::Status Resolve(Context& context);
-  // The coordinator's checks; its violations are printed at their places. Local paths stand in for ids until Upload.
+  // The coordinator's checks of the spec as it is now; Report of what they find.
   absl::Status ValidateOnServer(Context& context);
-  // Prints violations at their places; INVALID_ARGUMENT if there are any.
-  absl::Status Report(Context& context, const google::protobuf::RepeatedPtrField<v1::Violation>& violations) const;
+  // Prints the complaints, by place; INVALID_ARGUMENT if there are any.
+  absl::Status Report(Context& context) const;
+  // The same after adding these.
+  absl::Status Report(Context& context, const google::protobuf::RepeatedPtrField<v1::Violation>& violations);
   // Uploads what is local and puts the ids into the spec.
   absl::Status Upload(Context& context);
 
@@ -42,20 +47,31 @@ class JobFile {
   };
 
   void FindLocalFiles(google::protobuf::RepeatedPtrField<v1::DatasetSpec>* datasets, const std::string& field, const std::string& base_folder);
-  // One line for each complaint.
-  std::vector<std::string> CheckLocalFiles();
+  struct Complaint {
+    spec::FieldError place;
+    std::string text;  // as it is printed
+  };
+
+  void CheckLocalFiles();
+  void CheckLocalFile(const LocalFile& local);
   void Count(const LocalFile& local, const data::RowTotals& totals);
-  std::string CheckAdapterFolder(const std::string& base_folder);
+  void CheckAdapterFolder(const std::string& base_folder);
   absl::Status NameBaseModel(Context& context);
-  std::string At(const std::string& field, const std::string& message) const;
+  // Adds the coordinator's complaints.
+  absl::Status Ask(Context& context);
+  void Complain(const spec::FieldError& error) { complaints_.push_back({error, spec::ToString(error)}); }
+  spec::FieldError At(const std::string& field, const std::string& message) const;
 
   spec::ParseResult parsed_;
+  std::vector<Complaint> complaints_;
   std::vector<LocalFile> local_files_;
   int64_t text_bytes_ = 0;  // of the training rows that are on this machine
   int64_t answer_bytes_ = 0;
   bool all_rows_seen_ = true;
   std::string adapter_folder_;  // "" = none
-  std::string subject_;         // what is wrong, in the closing line: the file's name
+  bool adapter_is_wrong_ = false;
+  bool base_is_unnamed_ = false;  // base_model is a path that no registered model has
+  std::string subject_;           // what is wrong, in the closing line: the file's name
 };
 
 // Uploads a dataset file and makes a dataset of it.

@@ -24,14 +24,17 @@ constexpr size_t kPlotRows = 16;
 
 std::string Time(const google::protobuf::Timestamp& time) { return FormatTime(time, absl::LocalTimeZone()); }
 
-absl::StatusOr<v1::JobState> ParseState(const std::string& word) {
+// "running" or, as -o json writes it, "JOB_STATE_RUNNING".
+absl::StatusOr<v1::JobState> ParseState(const std::string& written) {
+  constexpr absl::string_view kPrefix = "JOB_STATE_";
+  const std::string word = absl::StartsWithIgnoreCase(written, kPrefix) ? written.substr(kPrefix.size()) : written;
   std::vector<std::string> words;
   for (int i = 1; i <= v1::JobState_MAX; ++i) {
     words.push_back(StateWord(static_cast<v1::JobState>(i)));
     if (absl::EqualsIgnoreCase(words.back(), word)) return static_cast<v1::JobState>(i);
   }
   const std::string nearest = spec::Nearest(word, words);
-  return absl::InvalidArgumentError(absl::StrCat("\"", word, "\" is not a state", nearest.empty() ? "." : absl::StrCat("; did you mean ", nearest, "?"),
+  return absl::InvalidArgumentError(absl::StrCat("\"", written, "\" is not a state", nearest.empty() ? "." : absl::StrCat("; did you mean ", nearest, "?"),
                                                  " The states are ", absl::StrJoin(words, ", ")));
 }
 

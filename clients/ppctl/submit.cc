@@ -14,8 +14,7 @@ namespace {
 // Everything that can be said without storing anything.
 absl::StatusOr<JobFile> Checked(Context& context, const JobFileOptions& options) {
   PPFT_ASSIGN_OR_RETURN(JobFile job, JobFile::Load(context, options.file, options.overrides));
-  PPFT_RETURN_IF_ERROR(job.Resolve(context));
-  PPFT_RETURN_IF_ERROR(job.ValidateOnServer(context));
+  PPFT_RETURN_IF_ERROR(job.Check(context));
   return job;
 }
 
@@ -96,7 +95,7 @@ Result Validate(Context& context, const JobFileOptions& options) {
 }
 
 Result Plan(Context& context, const JobFileOptions& options) {
-  PPFT_ASSIGN_OR_RETURN(const JobFile job, Checked(context, options));
+  PPFT_ASSIGN_OR_RETURN(JobFile job, Checked(context, options));
   v1::PlanJobRequest request;
   *request.mutable_spec() = job.spec();
   request.set_supervised_ratio(job.supervised_ratio());

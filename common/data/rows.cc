@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <set>
+#include <string>
 #include <utility>
 
 #include "absl/strings/ascii.h"
@@ -143,14 +145,23 @@ absl::StatusOr<Json> ParseRow(const RowFormat& format, int64_t number, absl::str
     return RowError(format.source, number, absl::StrCat("is nested deeper than ", kMaxRowNesting, " levels: a row is one flat object of strings"));
   }
   Json row;
+  // The parser keeps the last of two values with one key; which one was meant, nobody knows.
+  std::set<std::string> keys;
+  std::string repeated;
+  const auto note_key = [&](int depth, Json::parse_event_t event, Json& key) {
+    if (event == Json::parse_event_t::key && depth == 1 && repeated.empty() && !keys.insert(key.get_ref<const std::string&>()).second)
+      repeated = Quoted(key.get_ref<const std::string&>());
+    return true;
+  };
   try {
-    row = Json::parse(text.begin(), text.end());
+    row = Json::parse(text.begin(), text.end(), note_key);
   } catch (const Json::parse_error& error) {
     return RowError(format.source, number, absl::StrCat("is not valid JSON at ", ParserComplaint(error.what(), error.byte), ": write one JSON object per row"));
   } catch (const Json::exception&) {  // a number beyond double
     return RowError(format.source, number, "is not valid JSON: a number is out of range");
   }
   if (!row.is_object()) return RowError(format.source, number, absl::StrCat("is ", TypeName(row), ", expected one JSON object per row"));
+  if (!repeated.empty()) return RowError(format.source, number, absl::StrCat("the key ", repeated, " is there twice: remove one of them"));
   return row;
 }
 

@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <set>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "common/spec/reader.h"
 #include "common/spec/schema.h"
 #include "common/spec/spec.h"
 #include "common/spec/suggest.h"
@@ -87,7 +89,7 @@ class LeafChecker {
       case Kind::kDuration: {
         const auto& duration = static_cast<const google::protobuf::Duration&>(message.GetReflection()->GetMessage(message, field));
         const double seconds = static_cast<double>(duration.seconds()) + duration.nanos() * 1e-9;
-        if (!InRange(*rule, seconds)) Add(path, absl::StrCat(seconds, "s is out of range: use ", rule->low, "s to ", rule->high / 3600, "h"));
+        if (!InRange(*rule, seconds)) Add(path, absl::StrCat(seconds, "s is out of range: use ", Describe(*rule)));
         return;
       }
       case Kind::kTextMap: {
@@ -117,6 +119,7 @@ class LeafChecker {
       Add(path, absl::StrCat(NumberText(value), std::isfinite(value) ? " is out of range: use " : " is not a finite number: use ", Describe(rule)));
       return;
     }
+    if (rule.kind == Kind::kInt && value != std::floor(value)) return Add(path, absl::StrCat(value, " is not a whole number: use ", Describe(rule)));
     const std::string refusal = NotSupportedYet(PatternOf(path), absl::StrCat(value));
     if (!refusal.empty()) Add(path, refusal);
   }
@@ -132,7 +135,8 @@ class LeafChecker {
 
   void Word(const Rule& rule, const std::string& path, const std::string& value) {
     const std::vector<std::string> words = WordsOf(rule);
-    if (value.empty() && !*rule.fallback) return;  // unset; RequiredFields says what may not be
+    // Unset: RuleChecker says what may not be; or left so by a client that does not know the field.
+    if (value.empty() && (!*rule.fallback || rule.is_newer)) return;
     if (std::find(words.begin(), words.end(), value) == words.end()) return Add(path, NotAWord(words, value));
     const std::string refusal = NotSupportedYet(PatternOf(path), value);
     if (!refusal.empty()) Add(path, refusal);
@@ -174,6 +178,7 @@ class RuleChecker {
     Length();
     Batch();
     Schedule();
+    LossScale();
     Parallel();
     Evaluation();
   }
@@ -233,8 +238,14 @@ class RuleChecker {
         Add(path, absl::StrCat(Quote(role), " must name a key of the rows, of 1 to 1024 bytes"));
       }
     }
+    std::map<std::string, std::string> role_of;
     for (const std::string& role : roles) {
-      if (dataset.field_map().count(role) == 0) Add(path, absl::StrCat("does not say which key holds the ", role));
+      const auto key = dataset.field_map().find(role);
+      if (key == dataset.field_map().end()) {
+        Add(path, absl::StrCat("does not say which key holds the ", role));
+      } else if (const auto [first, added] = role_of.emplace(key->second, role); !added && !key->second.empty()) {
+        Add(path, absl::StrCat("gives the key ", Quote(key->second), " to two parts of a row, ", first->second, " and ", role, ": give each its own key"));
+      }
     }
   }
 
@@ -297,6 +308,24 @@ class RuleChecker {
       Add("training.warmup_ratio",
           absl::StrCat("warmup_ratio (", training.warmup_ratio(), ") + decay_ratio (", training.decay_ratio(), ") is more than 1: lower one of them"),
           {"training.decay_ratio"});
+    }
+  }
+
+  // A static scale never changes: what steers a dynamic one contradicts it.
+  void LossScale() {
+    const v1::PrecisionSpec& precision = spec_.precision();
+    if (precision.loss_scale() == 0) return;
+    const v1::PrecisionSpec& defaults = Defaults().precision();
+    const std::pair<const char*, bool> changed[] = {{"initial_scale_power", precision.initial_scale_power() != defaults.initial_scale_power()},
+                                                    {"loss_scale_window", precision.loss_scale_window() != defaults.loss_scale_window()},
+                                                    {"hysteresis", precision.hysteresis() != defaults.hysteresis()},
+                                                    {"min_loss_scale", precision.min_loss_scale() != defaults.min_loss_scale()},
+                                                    {"consecutive_hysteresis", precision.consecutive_hysteresis()}};
+    for (const auto& [key, differs] : changed) {
+      if (!differs) continue;
+      Add(absl::StrCat("precision.", key),
+          absl::StrCat(key, " steers a dynamic loss scale and contradicts loss_scale: ", precision.loss_scale(), ": remove it, or use loss_scale: dynamic"),
+          {"precision.loss_scale"});
     }
   }
 

@@ -106,7 +106,10 @@ struct Leaf {
         const std::string place = absl::StrCat(path, "[", i, "]");
         notes->Note(place, item.mark);
         if (item.kind != Node::Kind::kScalar) return WrongType();
-        if (targets && item.text == "all-linear") return notes->Add(item.mark, place, "all-linear stands alone: write target_modules: all-linear");
+        if (targets && item.text == "all-linear") {
+          notes->Wrong(path);
+          return notes->Add(item.mark, place, "all-linear stands alone: write target_modules: all-linear");
+        }
         chosen.push_back(item.text);
       }
     } else {
@@ -121,33 +124,39 @@ struct Leaf {
     for (const std::string& word : chosen) reflection->AddString(message, field, word);
   }
 
-  // NaN if it is not a whole number; values beyond 64 bits become infinite.
-  static double WholeValue(const Node& node) {
-    if (node.kind != Node::Kind::kScalar || node.quoted || !LooksWhole(node.text)) return std::nan("");
+  // NaN if it is not a whole number; values beyond 64 bits become infinite. `or_decimal`: 16.0 is whole, too.
+  static double WholeValue(const Node& node, bool or_decimal) {
+    if (node.kind != Node::Kind::kScalar || node.quoted || !(LooksWhole(node.text) || (or_decimal && LooksDecimal(node.text)))) return std::nan("");
     double value;
-    return absl::SimpleAtod(node.text, &value) ? value : std::nan("");
+    return absl::SimpleAtod(node.text, &value) && value == std::floor(value) ? value : std::nan("");
   }
 
   void Int() {
-    double value = WholeValue(node);
-    if (*rule.zero_word && IsWord(node, rule.zero_word)) value = 0;
+    const Reflection* reflection = message->GetReflection();
+    const bool by_word = *rule.zero_word && IsWord(node, rule.zero_word);
+    const double value = by_word ? 0 : WholeValue(node, field->cpp_type() == FieldDescriptor::CPPTYPE_DOUBLE);
     if (std::isnan(value)) return WrongType();
-    if (value < rule.low || value > rule.high) return notes->Add(key, path, absl::StrCat(node.text, " is out of range: use ", Describe(rule)));
-    if (field->cpp_type() == FieldDescriptor::CPPTYPE_INT32) {
-      message->GetReflection()->SetInt32(message, field, static_cast<int32_t>(value));
-    } else {
-      message->GetReflection()->SetInt64(message, field, static_cast<int64_t>(value));
+    if (!by_word && (value < rule.low || value > rule.high)) return notes->Add(key, path, absl::StrCat(node.text, " is out of range: use ", Describe(rule)));
+    switch (field->cpp_type()) {
+      case FieldDescriptor::CPPTYPE_INT32:
+        return reflection->SetInt32(message, field, static_cast<int32_t>(value));
+      case FieldDescriptor::CPPTYPE_INT64:
+        return reflection->SetInt64(message, field, static_cast<int64_t>(value));
+      default:
+        return reflection->SetDouble(message, field, value);
     }
   }
 
   void Ints() {
     if (node.kind != Node::Kind::kList) return WrongType();
     for (size_t i = 0; i < node.items.size(); ++i) {
-      const double value = WholeValue(node.items[i]);
+      const double value = WholeValue(node.items[i], false);
       const std::string place = absl::StrCat(path, "[", i, "]");
       notes->Note(place, node.items[i].mark);
-      if (!(value >= rule.low && value <= rule.high))
+      if (!(value >= rule.low && value <= rule.high)) {
+        notes->Wrong(path);
         return notes->Add(node.items[i].mark, place, absl::StrCat("is ", Shown(node.items[i]), ", but must be ", Describe(rule)));
+      }
       message->GetReflection()->AddInt32(message, field, static_cast<int32_t>(value));
     }
   }
@@ -162,7 +171,7 @@ struct Leaf {
       return notes->Add(key, path, absl::StrCat(node.text, " is not a finite number: use ", Describe(rule)));
     }
     if (!LooksDecimal(node.text) || !absl::SimpleAtod(node.text, &value)) return WrongType();
-    if (*rule.zero_word && value == 0) return notes->Add(key, path, absl::StrCat("0 is out of range: use ", Describe(rule)));
+    if (*rule.zero_word && value == 0) return notes->Add(key, path, absl::StrCat(node.text, " is out of range: use ", Describe(rule)));
     message->GetReflection()->SetDouble(message, field, value);
   }
 
@@ -174,7 +183,7 @@ struct Leaf {
     }
     const int64_t seconds = absl::ToInt64Seconds(duration);
     if (duration < absl::Seconds(rule.low) || duration > absl::Seconds(rule.high)) {
-      return notes->Add(key, path, absl::StrCat(node.text, " is out of range: use ", rule.low, "s to ", static_cast<int64_t>(rule.high / 3600), "h"));
+      return notes->Add(key, path, absl::StrCat(node.text, " is out of range: use ", Describe(rule)));
     }
     auto* out = static_cast<google::protobuf::Duration*>(message->GetReflection()->MutableMessage(message, field));
     out->set_seconds(seconds);

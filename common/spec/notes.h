@@ -17,19 +17,18 @@ class Notes {
 
   void Add(const Mark& mark, const std::string& field, const std::string& message) {
     result_->errors.push_back({sources_[static_cast<size_t>(mark.source)], mark.line, mark.column, field, message});
-    wrong_.insert(field);
+    Wrong(field);
   }
   // `field` was probably meant by something that is an error already.
-  void Wrong(const std::string& field) { wrong_.insert(field); }
+  void Wrong(const std::string& field) { result_->wrong.insert(field); }
   void Note(const std::string& path, const Mark& mark) { result_->positions[path] = {sources_[static_cast<size_t>(mark.source)], mark.line, mark.column}; }
   void Given(const std::string& path) { result_->given.insert(path); }
 
-  bool is_wrong(const std::string& field) const { return wrong_.count(field) > 0; }
+  bool is_wrong(const std::string& field) const { return result_->wrong.count(field) > 0; }
 
  private:
   ParseResult* const result_;
   const std::vector<std::string>& sources_;
-  std::set<std::string> wrong_;
 };
 
 }  // namespace ppft::spec

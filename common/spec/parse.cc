@@ -3,6 +3,8 @@
 #include <tuple>
 #include <utility>
 
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "common/spec/check.h"
 #include "common/spec/notes.h"
@@ -14,6 +16,9 @@
 
 namespace ppft::spec {
 namespace {
+
+using google::protobuf::FieldDescriptor;
+using google::protobuf::Message;
 
 void CompleteDatasets(google::protobuf::RepeatedPtrField<v1::DatasetSpec>* datasets) {
   for (v1::DatasetSpec& dataset : *datasets) {
@@ -38,16 +43,59 @@ void ApplyDependentDefaults(const std::set<std::string>& given, v1::JobSpec* spe
 }
 
 // A whole job as `ppctl get -o yaml` prints it: the spec within is meant, and what else is there is its state of then.
-void EnterSpecOfJob(Node* root) {
+bool EnterSpecOfJob(Node* root) {
   const auto entry = [&](absl::string_view key) {
     return std::find_if(root->entries.begin(), root->entries.end(), [&](const Entry& e) { return e.key == key; });
   };
   const auto spec = entry("spec");
   if (spec == root->entries.end() || spec->value.kind != Node::Kind::kMap || entry("id") == root->entries.end() || entry("status") == root->entries.end())
-    return;
+    return false;
   Node inner = std::move(spec->value);
   *root = std::move(inner);
+  return true;
 }
+
+// Settings that the user wrote and that change nothing.
+void Warn(ParseResult* result) {
+  const v1::JobSpec& spec = result->spec;
+  const bool evaluates = spec.data().val_set_size() > 0 || spec.data().test_datasets_size() > 0;
+  for (const char* cause : {"data", "data.val_set_size", "data.test_datasets"}) {
+    if (result->wrong.count(cause) > 0) return;
+  }
+  if (evaluates || !result->readable) return;
+  const std::pair<const char*, bool> settings[] = {{"evaluation.eval_steps", spec.evaluation().eval_steps() > 0},
+                                                   {"evaluation.eval_on_start", spec.evaluation().eval_on_start()},
+                                                   {"checkpoint.load_best_model_at_end", spec.checkpoint().load_best_model_at_end()}};
+  for (const auto& [field, asks] : settings) {
+    if (!asks || result->given.count(field) == 0 || result->wrong.count(field) > 0) continue;
+    v1::Violation violation;
+    violation.set_field(field);
+    violation.set_message("has no effect without evaluation rows: set data.val_set_size or data.test_datasets, or remove it");
+    result->warnings.push_back(result->Locate(violation));
+  }
+}
+
+// Unsets the field or the group at `path`; entries of lists stay.
+void Unset(Message* message, absl::string_view path) {
+  const absl::string_view part = path.substr(0, path.find('.'));
+  const absl::string_view name = part.substr(0, part.find('['));
+  const FieldDescriptor* field = message->GetDescriptor()->FindFieldByName(std::string(name));
+  if (field == nullptr) return;
+  if (part.size() == path.size()) {
+    if (name.size() == part.size()) message->GetReflection()->ClearField(message, field);
+    return;
+  }
+  if (!IsGroup(field)) return;
+  const absl::string_view rest = path.substr(part.size() + 1);
+  if (!field->is_repeated()) return Unset(message->GetReflection()->MutableMessage(message, field), rest);
+  int index;
+  const absl::string_view digits = part.substr(name.size());
+  if (digits.size() < 3 || !absl::SimpleAtoi(digits.substr(1, digits.size() - 2), &index)) return;
+  if (index < 0 || index >= message->GetReflection()->FieldSize(*message, field)) return;
+  Unset(message->GetReflection()->MutableRepeatedMessage(message, field, index), rest);
+}
+
+bool Same(const v1::Violation& a, const v1::Violation& b) { return a.field() == b.field() && a.message() == b.message(); }
 
 }  // namespace
 
@@ -59,19 +107,20 @@ ParseResult Parse(const std::string& file, absl::string_view text, const std::ve
   Notes notes(&result, sources);
   std::vector<TreeError> broken;
   Node root = ReadTree(text, 0, &broken);
-  const bool readable = broken.empty();
-  EnterSpecOfJob(&root);
+  result.readable = broken.empty();
+  const bool is_resolved = EnterSpecOfJob(&root);
   ApplyOverrides(overrides, &root, &broken);
   for (const TreeError& error : broken) notes.Add(error.mark, "", error.message);
 
   SetDefaults(&result.spec, &notes);
   ReadSpec(root, &result.spec, &notes);
   ApplyDependentDefaults(result.given, &result.spec);
+  std::set<std::string> found;
   // What a damaged text lacks may only have been lost in reading it.
   for (const Finding& finding : FindAll(result.spec)) {
     const auto wrong = [&](const std::string& field) { return notes.is_wrong(field); };
     if (wrong(finding.field) || std::any_of(finding.others.begin(), finding.others.end(), wrong)) continue;
-    if (!readable && result.given.count(finding.field) == 0) continue;
+    if (!result.readable && result.given.count(finding.field) == 0) continue;
     v1::Violation violation;
     violation.set_field(finding.field);
     violation.set_message(finding.message);
@@ -85,7 +134,13 @@ ParseResult Parse(const std::string& file, absl::string_view text, const std::ve
       }
     }
     result.errors.push_back(std::move(error));
+    found.insert(finding.field);
+    // A list of words or numbers is read as a whole.
+    const std::string list = finding.field.substr(0, finding.field.rfind('['));
+    if (absl::EndsWith(finding.field, "]") && FindRule(PatternOf(list)) != nullptr) found.insert(list);
   }
+  result.wrong.merge(found);
+  if (!is_resolved) Warn(&result);
   std::stable_sort(result.errors.begin(), result.errors.end(), [&](const FieldError& a, const FieldError& b) {
     return std::make_tuple(a.file != file, a.line, a.column) < std::make_tuple(b.file != file, b.line, b.column);
   });
@@ -101,6 +156,52 @@ FieldError ParseResult::Locate(const v1::Violation& violation) const {
     path = cut == std::string::npos ? "" : path.substr(0, cut);
   }
   return {file, 1, 1, violation.field(), violation.message()};
+}
+
+v1::JobSpec ParseResult::Judgeable() const {
+  v1::JobSpec judgeable = spec;
+  for (const std::string& field : wrong) Unset(&judgeable, field);
+  return judgeable;
+}
+
+std::vector<FieldError> ParseResult::News(const v1::JobSpec& judged, const google::protobuf::RepeatedPtrField<v1::Violation>& violations) const {
+  const std::vector<v1::Violation> own = Check(judged);
+  const auto is_wrong = [&](std::string path) {
+    while (!path.empty()) {
+      if (wrong.count(path) > 0) return true;
+      const size_t cut = path.find_last_of(".[");
+      path = cut == std::string::npos ? "" : path.substr(0, cut);
+    }
+    return false;
+  };
+  std::vector<FieldError> news;
+  for (int i = 0; i < violations.size(); ++i) {
+    const v1::Violation& violation = violations[i];
+    const auto same = [&](const v1::Violation& other) { return Same(violation, other); };
+    if (std::any_of(own.begin(), own.end(), same) || std::any_of(violations.begin(), violations.begin() + i, same)) continue;
+    if (is_wrong(violation.field()) || (!readable && given.count(violation.field()) == 0)) continue;
+    news.push_back(Locate(violation));
+  }
+  return news;
+}
+
+void FillNewerFields(v1::JobSpec* spec) {
+  for (const Rule& rule : Schema()) {
+    if (!rule.is_newer) continue;
+    const absl::string_view path = rule.path;
+    Message* message = spec;
+    size_t start = 0;
+    for (size_t dot; (dot = path.find('.', start)) != absl::string_view::npos; start = dot + 1) {
+      message = message->GetReflection()->MutableMessage(message, message->GetDescriptor()->FindFieldByName(std::string(path.substr(start, dot - start))));
+    }
+    const FieldDescriptor* field = message->GetDescriptor()->FindFieldByName(std::string(path.substr(start)));
+    if (message->GetReflection()->GetString(*message, field).empty()) message->GetReflection()->SetString(message, field, rule.fallback);
+  }
+}
+
+std::string ComputeOn(absl::string_view compute, absl::string_view kind) {
+  if (!compute.empty() && compute != "auto") return std::string(compute);
+  return kind == "cuda" ? "bf16" : "fp32";
 }
 
 std::string ToString(const FieldError& error) {

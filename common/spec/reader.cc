@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -122,7 +123,7 @@ class Reader {
   void Unknown(const Entry& entry, const std::string& prefix, const Descriptor* descriptor) {
     std::vector<std::string> names;
     for (int i = 0; i < descriptor->field_count(); ++i) names.push_back(descriptor->field(i)->name());
-    const std::string path = Join(prefix, entry.key.substr(0, 100));
+    const std::string path = Join(prefix, entry.key.empty() ? "\"\"" : entry.key.substr(0, 100));
     std::string message = "is not a known key";
     std::string meant = Nearest(entry.key, names);
     if (!meant.empty()) {
@@ -158,6 +159,17 @@ class Reader {
 }  // namespace
 
 void SetDefaults(v1::JobSpec* spec, Notes* notes) { Reader(spec, notes).Defaults(spec, ""); }
+
+const v1::JobSpec& Defaults() {
+  static const auto* const defaults = [] {
+    ParseResult scratch;
+    const std::vector<std::string> no_sources = {""};
+    Notes notes(&scratch, no_sources);
+    SetDefaults(&scratch.spec, &notes);
+    return new v1::JobSpec(std::move(scratch.spec));
+  }();
+  return *defaults;
+}
 
 void ReadSpec(const Node& root, v1::JobSpec* spec, Notes* notes) { Reader(spec, notes).Read(root); }
 

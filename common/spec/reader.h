@@ -9,6 +9,8 @@ namespace ppft::spec {
 
 // The defaults of all fields that do not depend on others.
 void SetDefaults(v1::JobSpec* spec, Notes* notes);
+// What SetDefaults makes of an empty message.
+const v1::JobSpec& Defaults();
 
 // What `root` says. Values that cannot be read leave the default and an error.
 void ReadSpec(const Node& root, v1::JobSpec* spec, Notes* notes);

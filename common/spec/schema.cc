@@ -1,10 +1,12 @@
 #include "common/spec/schema.h"
 
+#include <cmath>
 #include <map>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 
 namespace ppft::spec {
@@ -27,7 +29,7 @@ std::vector<Rule> MakeSchema() {
       {"model.init_adapter", Kind::kName, "", 0, 4096},
 
       {"adapter.r", Kind::kInt, "16", 1, 1024},
-      {"adapter.lora_alpha", Kind::kNumber, "32", 0, 1e6, "", true},
+      {"adapter.lora_alpha", Kind::kInt, "32", 1, 1e6},
       {"adapter.lora_dropout", Kind::kNumber, "0.05", 0, 1, "", false, true},
       {"adapter.target_modules", Kind::kWords, "all-linear", 0, 0, "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"},
       {"adapter.use_rslora", Kind::kBool, "false"},
@@ -72,20 +74,21 @@ std::vector<Rule> MakeSchema() {
       {"training.logging_steps", Kind::kInt, "1", 1, kSteps},
 
       {"precision.compute", Kind::kWord, "auto", 0, 0, "auto fp32 bf16 fp16"},
-      {"precision.loss_scale", Kind::kNumber, "dynamic", 0, 1e18, "", false, false, "dynamic"},
+      {"precision.loss_scale", Kind::kNumber, "dynamic", 0, 1e18, "", true, false, "dynamic"},
       {"precision.initial_scale_power", Kind::kInt, "16", 0, 60},
       {"precision.loss_scale_window", Kind::kInt, "1000", 1, kInt32},
       {"precision.hysteresis", Kind::kInt, "2", 1, 1000},
       {"precision.min_loss_scale", Kind::kNumber, "1", 0, 1e18, "", true},
       {"precision.consecutive_hysteresis", Kind::kBool, "false"},
 
-      {"parallel.pipeline_parallel_size", Kind::kInt, "auto", 0, 1024, "", false, false, "auto"},
-      {"parallel.data_parallel_size", Kind::kInt, "auto", 0, 1024, "", false, false, "auto"},
+      {"parallel.pipeline_parallel_size", Kind::kInt, "auto", 1, 1024, "", false, false, "auto"},
+      {"parallel.data_parallel_size", Kind::kInt, "auto", 1, 1024, "", false, false, "auto"},
       {"parallel.schedule", Kind::kWord, "auto", 0, 0, "auto gpipe 1f1b interleaved_1f1b"},
       {"parallel.virtual_stages", Kind::kInt, "1", 1, 64},
-      {"parallel.layers_per_stage", Kind::kInts, "", 0, 10000, "", false, false, "", true},
+      {"parallel.layers_per_stage", Kind::kInts, "", 1, 10000, "", false, false, "", true},
       {"parallel.zero_stage", Kind::kInt, "1", 0, 3},
       {"parallel.activation_checkpointing", Kind::kWord, "none", 0, 0, "none full selective auto"},
+      {"parallel.cuda_graphs", Kind::kWord, "auto", 0, 0, "auto off", false, false, "", false, true},
 
       {"evaluation.eval_steps", Kind::kInt, "100", 0, kSteps},
       {"evaluation.eval_on_start", Kind::kBool, "true"},
@@ -138,10 +141,16 @@ std::string Plain(double value) {
   return absl::StrCat(value);
 }
 
+// "1000", "1e18": as it may be written where a number stands.
+std::string Short(double value) {
+  if (value < 1e6) return Plain(value);
+  return absl::StrReplaceAll(absl::StrCat(value), {{"e+0", "e"}, {"e+", "e"}});
+}
+
 std::string RangeWords(const Rule& rule) {
-  const bool open_ended = rule.high >= 1e6 && rule.kind != Kind::kDuration && rule.high != 1048576;
-  if (open_ended) return rule.without_low ? absl::StrCat("above ", Plain(rule.low)) : absl::StrCat("of at least ", Plain(rule.low));
-  return absl::StrCat(rule.without_low ? "above " : "from ", Plain(rule.low), rule.without_high ? " to below " : " to ", Plain(rule.high));
+  const auto text = [&](double value) { return rule.kind == Kind::kNumber ? Short(value) : Plain(value); };
+  if (rule.without_low) return absl::StrCat("above ", text(rule.low), rule.without_high ? " and below " : " and at most ", text(rule.high));
+  return absl::StrCat("from ", text(rule.low), rule.without_high ? " to below " : " to ", text(rule.high));
 }
 
 }  // namespace
@@ -180,7 +189,7 @@ std::string Describe(const Rule& rule) {
     case Kind::kBool:
       return "true or false";
     case Kind::kDuration:
-      return "a duration with its unit: 300s, 5m or 2h";
+      return absl::StrCat("a duration with its unit, such as 300s, 5m or 2h, from ", Plain(rule.low), "s to ", Plain(std::floor(rule.high / 3600)), "h");
     case Kind::kTextMap:
       return absl::StrCat("at most ", Plain(rule.high), " pairs of a key and a text: {key: text}");
     case Kind::kFixed:

@@ -16,7 +16,7 @@ enum class Kind {
   kName,      // text without control characters, limited in length
   kWord,      // one of `words`
   kWords,     // a list of `words`, no repeats, stored in the order of `words`
-  kInt,       // within [low, high]
+  kInt,       // within [low, high]; also in a field of type double
   kInts,      // a list of such
   kNumber,    // finite, within [low, high] or without the ends
   kBool,      // true | false
@@ -35,8 +35,9 @@ struct Rule {
   const char* words = "";        // separated by blanks
   bool without_low = false;      // low itself is too little
   bool without_high = false;     // high itself is too much
-  const char* zero_word = "";    // the word that stands for 0 ("auto", "dynamic")
+  const char* zero_word = "";    // the word that stands for 0 ("auto", "dynamic"); the number 0 itself is out of range
   bool auto_is_default = false;  // "auto" means the same as leaving it out
+  bool is_newer = false;         // kWord: clients of before it was there leave it empty, and mean the default
 };
 
 const std::vector<Rule>& Schema();

@@ -39,6 +39,9 @@ std::string ToString(const FieldError& error);
 struct ParseResult {
   v1::JobSpec spec;                           // complete and valid if there are no errors
   std::vector<FieldError> errors;             // all of them, by position
+  std::vector<FieldError> warnings;           // settings without effect: the job is valid all the same
+  std::set<std::string> wrong;                // fields and groups of `errors`, and those that a misspelt key meant: what `spec` holds there says nothing
+  bool readable = true;                       // false: what follows a syntax error was not read
   std::set<std::string> given;                // fields that the file or an override sets: "training.max_steps"
   std::map<std::string, Position> positions;  // of every key and list item that was written
   std::string file;
@@ -46,6 +49,11 @@ struct ParseResult {
   bool ok() const { return errors.empty(); }
   // Puts a violation found later (by the coordinator) at its place in the file: the field's key, else the nearest group around it.
   FieldError Locate(const v1::Violation& violation) const;
+  // What can be judged though there are errors: the spec without the fields that are wrong. With no errors, the spec.
+  v1::JobSpec Judgeable() const;
+  // Of the violations that somebody else (the coordinator) found in `judged`, which is Judgeable() or less: those that `errors` does not imply, at their
+  // places.
+  std::vector<FieldError> News(const v1::JobSpec& judged, const google::protobuf::RepeatedPtrField<v1::Violation>& violations) const;
 };
 
 // `file` is only named in errors. Each override is "a.b=value" or "a.list[0].b=value", the value in YAML; null removes.
@@ -54,7 +62,13 @@ ParseResult Parse(const std::string& file, absl::string_view text, const std::ve
 // The checks of Parse on a finished message, as the coordinator makes them. Empty: valid.
 std::vector<v1::Violation> Check(const v1::JobSpec& spec);
 
-// The resolved job.yaml; Parse of it gives the same message.
-std::string ToYaml(const v1::JobSpec& spec);
+// Gives fields that clients of earlier versions do not know, and leave empty, their defaults.
+void FillNewerFields(v1::JobSpec* spec);
+
+// precision.compute as it is on devices of `kind` (cpu | cuda).
+std::string ComputeOn(absl::string_view compute, absl::string_view kind);
+
+// The resolved job.yaml; Parse of it gives the same message. `comments`, by field, follow its value.
+std::string ToYaml(const v1::JobSpec& spec, const std::map<std::string, std::string>& comments = {});
 
 }  // namespace ppft::spec

@@ -30,7 +30,8 @@ std::string Nearest(absl::string_view word, const std::vector<std::string>& cand
   for (const std::string& candidate : candidates) {
     const int distance = EditDistance(lower, absl::AsciiStrToLower(candidate));
     const int allowed = std::max<int>(1, static_cast<int>(candidate.size()) / 3);
-    if (distance <= allowed && distance < best_distance) {
+    const bool alike = distance < static_cast<int>(std::max(word.size(), candidate.size()));  // something of it stands there
+    if (alike && distance <= allowed && distance < best_distance) {
       best = candidate;
       best_distance = distance;
     }

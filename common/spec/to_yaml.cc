@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <map>
 
 #include "absl/strings/ascii.h"
@@ -91,7 +92,8 @@ std::string Leaf(const Rule& rule, const Message& message, const FieldDescriptor
     }
     case FieldDescriptor::CPPTYPE_DOUBLE: {
       const double value = reflection->GetDouble(message, field);
-      return value == 0 && *rule.zero_word ? rule.zero_word : Number(value);
+      if (value == 0 && *rule.zero_word) return rule.zero_word;
+      return rule.kind == Kind::kInt && value == std::floor(value) ? absl::StrCat(static_cast<int64_t>(value)) : Number(value);
     }
     case FieldDescriptor::CPPTYPE_BOOL:
       return reflection->GetBool(message, field) ? "true" : "false";
@@ -105,7 +107,8 @@ std::string Leaf(const Rule& rule, const Message& message, const FieldDescriptor
 }
 
 // Each line begins with `indent`, the first with `first` (the dash of a list's entry).
-void Group(const Message& message, const std::string& prefix, std::string first, const std::string& indent, std::string* out) {
+void Group(const Message& message, const std::string& prefix, std::string first, const std::string& indent, const std::map<std::string, std::string>& comments,
+           std::string* out) {
   const auto line = [&](absl::string_view text) {
     absl::StrAppend(out, first, text, "\n");
     first = indent;
@@ -121,17 +124,18 @@ void Group(const Message& message, const std::string& prefix, std::string first,
         continue;
       const Rule* rule = FindRule(path);
       const std::string value = rule == nullptr ? "" : Leaf(*rule, message, field);
-      if (!value.empty()) line(absl::StrCat(field->name(), ": ", value));
+      const auto comment = comments.find(path);
+      if (!value.empty()) line(absl::StrCat(field->name(), ": ", value, comment == comments.end() ? "" : absl::StrCat("  # ", comment->second)));
     } else if (!field->is_repeated()) {
       std::string inner;
-      Group(reflection->GetMessage(message, field), path, indent + "  ", indent + "  ", &inner);
+      Group(reflection->GetMessage(message, field), path, indent + "  ", indent + "  ", comments, &inner);
       if (inner.empty()) continue;
       line(absl::StrCat(field->name(), ":"));
       absl::StrAppend(out, inner);
     } else if (reflection->FieldSize(message, field) > 0) {
       line(absl::StrCat(field->name(), ":"));
       for (int item = 0; item < reflection->FieldSize(message, field); ++item) {
-        Group(reflection->GetRepeatedMessage(message, field, item), path + "[]", indent + "  - ", indent + "    ", out);
+        Group(reflection->GetRepeatedMessage(message, field, item), path + "[]", indent + "  - ", indent + "    ", comments, out);
       }
     }
   }
@@ -139,9 +143,9 @@ void Group(const Message& message, const std::string& prefix, std::string first,
 
 }  // namespace
 
-std::string ToYaml(const v1::JobSpec& spec) {
+std::string ToYaml(const v1::JobSpec& spec, const std::map<std::string, std::string>& comments) {
   std::string out;
-  Group(spec, "", "", "", &out);
+  Group(spec, "", "", "", comments, &out);
   return out;
 }
 

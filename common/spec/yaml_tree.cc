@@ -61,7 +61,18 @@ class Builder : public YAML::EventHandler {
   Builder(int source, std::vector<TreeError>* errors) : source_(source), errors_(errors) {}
 
   int documents() const { return documents_; }
-  Node TakeRoot() { return std::move(root_); }
+  // After a syntax error groups stand as far as they were read, and lists that may lack entries are left out.
+  Node TakeRoot() {
+    while (!levels_.empty()) {
+      if (levels_.back().node.kind == Node::Kind::kList) {
+        levels_.pop_back();
+        if (!levels_.empty()) levels_.back().has_key = false;
+      } else {
+        Close();
+      }
+    }
+    return std::move(root_);
+  }
 
   void OnDocumentStart(const YAML::Mark& mark) override {
     if (++documents_ == 2) errors_->push_back({At(mark), "a second document begins here: a job file holds one (remove this \"---\" and what follows)"});

@@ -295,8 +295,10 @@ grpc::Status ArtifactServiceImpl::GetManifest(grpc::ServerContext*, const v1::Ge
       if (job->status().state() == v1::JOB_STATE_SUCCEEDED) {
         return absl::NotFoundError(absl::StrCat("the job ", id, " made no artifact of the type ", type, "; output.formats says which ones it makes"));
       }
-      return absl::FailedPreconditionError(absl::StrCat("the job ", id, " has no final model: it is ", v1::JobState_Name(job->status().state()).substr(10),
-                                                        "; a checkpoint can be fetched with --checkpoint latest"));
+      PPFT_ASSIGN_OR_RETURN(const std::vector<v1::CheckpointManifest> checkpoints, store.ListCheckpoints(id));
+      return absl::FailedPreconditionError(
+          absl::StrCat("the job ", id, " has no final model: it is ", v1::JobState_Name(job->status().state()).substr(10),
+                       checkpoints.empty() ? " and has no checkpoint" : "; a checkpoint can be fetched with --checkpoint latest"));
     });
   };
   return Reply(get(), response);

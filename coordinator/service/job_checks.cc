@@ -1,5 +1,7 @@
 #include "coordinator/service/job_checks.h"
 
+#include <set>
+
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -40,15 +42,15 @@ void CheckModelName(const std::string& name, const SpecFacts& facts, std::vector
   Add(violations, "model.base_model", absl::StrCat("no model \"", name, "\" is registered; ", hint));
 }
 
-void CheckAgainstModel(const v1::JobSpec& spec, const v1::ModelRecord& model, std::vector<v1::Violation>& violations) {
+void CheckAgainstModel(const v1::JobSpec& spec, const v1::ModelRecord& model, const std::set<std::string>& wrong, std::vector<v1::Violation>& violations) {
   const auto config = model::ParseModelConfig(model.config(), absl::StrCat(model.model().name(), "/config.json"));
   if (!config.ok()) return Add(violations, "model.base_model", std::string(config.status().message()));
-  if (spec.data().sequence_len() > config->max_position_embeddings) {
+  if (wrong.count("data.sequence_len") == 0 && spec.data().sequence_len() > config->max_position_embeddings) {
     Add(violations, "data.sequence_len",
         absl::StrCat(spec.data().sequence_len(), " is more than the ", config->max_position_embeddings, " positions of ", model.model().name(),
                      " (max_position_embeddings): use at most ", config->max_position_embeddings));
   }
-  for (const v1::Violation& violation : CheckLayout(spec, *config)) violations.push_back(violation);
+  for (const v1::Violation& violation : CheckLayout(spec, *config, wrong)) violations.push_back(violation);
 }
 
 void CheckDatasets(const v1::JobSpec& spec, const SpecFacts& facts, bool uploaded, std::vector<v1::Violation>& violations) {
@@ -68,6 +70,16 @@ void CheckDatasets(const v1::JobSpec& spec, const SpecFacts& facts, bool uploade
   };
   check(spec.data().datasets(), "datasets");
   check(spec.data().test_datasets(), "test_datasets");
+}
+
+// A wrong entry makes its list wrong: "parallel.layers_per_stage[1]".
+std::set<std::string> FieldsOf(const std::vector<v1::Violation>& violations) {
+  std::set<std::string> fields;
+  for (const v1::Violation& violation : violations) {
+    fields.insert(violation.field());
+    if (absl::EndsWith(violation.field(), "]")) fields.insert(violation.field().substr(0, violation.field().rfind('[')));
+  }
+  return fields;
 }
 
 }  // namespace
@@ -103,21 +115,22 @@ absl::StatusOr<SpecFacts> GatherFacts(JobStore& store, const v1::JobSpec& spec) 
 std::vector<v1::Violation> CheckSpec(const v1::JobSpec& spec, const SpecFacts& facts, bool uploaded, const AdapterCheck& check_adapter,
                                      const ModelFilesCheck& check_model_files) {
   std::vector<v1::Violation> violations = spec::Check(spec);
-  const bool sound = violations.empty();
+  const std::set<std::string> wrong = FieldsOf(violations);
+  const auto adapter_field = wrong.lower_bound("adapter.");
+  const bool adapter_is_sound = adapter_field == wrong.end() || !absl::StartsWith(*adapter_field, "adapter.");
   CheckModelName(spec.model().base_model(), facts, violations);
   CheckDatasets(spec, facts, uploaded, violations);
   if (facts.model.has_value()) {
     const absl::Status unchanged = check_model_files(*facts.model);
     if (!unchanged.ok()) Add(violations, "model.base_model", std::string(unchanged.message()));
   }
-  // The layout's arithmetic holds only for numbers that are in range.
-  if (facts.model.has_value() && sound) CheckAgainstModel(spec, *facts.model, violations);
+  if (facts.model.has_value()) CheckAgainstModel(spec, *facts.model, wrong, violations);
   const std::string& adapter = spec.model().init_adapter();
   const bool is_id = absl::StartsWith(adapter, "adapter-") || absl::StartsWith(adapter, "job-");
   if (!adapter.empty() && !facts.init_adapter.has_value() && (is_id || uploaded)) {
     Add(violations, "model.init_adapter", absl::StrCat("no adapter \"", adapter, "\": give the id of a finished job or of an uploaded adapter"));
   }
-  if (facts.init_adapter.has_value() && facts.model.has_value() && sound) {
+  if (facts.init_adapter.has_value() && facts.model.has_value() && adapter_is_sound) {
     const absl::Status fits = check_adapter(*facts.init_adapter, *facts.model, spec.adapter());
     if (!fits.ok()) Add(violations, "model.init_adapter", std::string(fits.message()));
   }

@@ -29,7 +29,8 @@ using AdapterCheck = std::function<absl::Status(const v1::ArtifactManifest&, con
 // Are the model's files still what was registered? The message names file and remedy.
 using ModelFilesCheck = std::function<absl::Status(const v1::ModelRecord&)>;
 
-// All violations at once. `uploaded`: datasets must be ids of uploaded ones; otherwise a path that is not an id is let pass, to be uploaded later.
+// All violations at once: those of spec::Check, and all others that do not hang on the fields which it finds wrong. `uploaded`: datasets must be ids of
+// uploaded ones; otherwise a path that is not an id is let pass, to be uploaded later.
 std::vector<v1::Violation> CheckSpec(const v1::JobSpec& spec, const SpecFacts& facts, bool uploaded, const AdapterCheck& check_adapter,
                                      const ModelFilesCheck& check_model_files);
 

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/sha256.h"
 #include "common/base/status.h"
+#include "common/spec/spec.h"
 #include "coordinator/core/job_state.h"
 #include "coordinator/job_planner.h"
 #include "coordinator/service/answer.h"
@@ -102,11 +103,13 @@ grpc::ServerUnaryReactor* JobServiceImpl::SubmitJob(grpc::CallbackServerContext*
     // A repeated request gets its first answer even if what it names has changed since.
     PPFT_ASSIGN_OR_RETURN(const absl::optional<std::string> first,
                           controller_->Run([&](JobStore& store) { return store.FindRequest("SubmitJob", request->request_id(), payload); }));
+    v1::JobSpec spec = request->spec();
+    spec::FillNewerFields(&spec);  // whoever sent it may be older than they are
     if (!first.has_value()) {
-      PPFT_ASSIGN_OR_RETURN(const std::vector<v1::Violation> violations, Check(request->spec(), /*uploaded=*/true));
+      PPFT_ASSIGN_OR_RETURN(const std::vector<v1::Violation> violations, Check(spec, /*uploaded=*/true));
       PPFT_RETURN_IF_ERROR(ViolationsStatus(violations));
     }
-    PPFT_ASSIGN_OR_RETURN(*response, controller_->Run([&](JobStore&) { return controller_->Submit(request->spec(), request->request_id(), payload); }));
+    PPFT_ASSIGN_OR_RETURN(*response, controller_->Run([&](JobStore&) { return controller_->Submit(spec, request->request_id(), payload); }));
     return absl::OkStatus();
   });
 }

@@ -50,7 +50,7 @@ def own_head_in_spite_of_the_config(tiny, folder):
 
 
 CASES = {  # model, changes of the job
-    "old rope keys, bf16": (old_rope_keys, {"adapter": {"r": 1, "lora_alpha": 2.5, "target_modules": ["q_proj", "v_proj"]},
+    "old rope keys, bf16": (old_rope_keys, {"adapter": {"r": 1, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj"]},
                                             "training": {"lr_scheduler": "wsd", "decay_ratio": 0.25, "min_lr_ratio": 0.1, "max_grad_norm": 0}}),
     "one kv head, wide heads, fp16 shards": (one_kv_head_in_shards, {"adapter": {"r": 4, "lora_alpha": 8, "use_rslora": True},
                                                                      "training": {"lr_scheduler": "cosine_with_min_lr", "min_lr_ratio": 0.2, "max_grad_norm": 0.05},

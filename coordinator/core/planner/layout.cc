@@ -1,6 +1,7 @@
 #include "coordinator/core/planner/layout.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <numeric>
 #include <optional>
 
@@ -11,6 +12,7 @@
 #include "common/model/cost.h"
 #include "common/pipeline/lowering.h"
 #include "common/pipeline/partition.h"
+#include "common/spec/spec.h"
 #include "coordinator/core/planner/memory.h"
 
 namespace ppft::coordinator {
@@ -59,8 +61,26 @@ int64_t SequenceLength(const v1::JobSpec& spec, const model::ModelConfig& config
   return std::min<int64_t>(1024, config.max_position_embeddings);
 }
 
+constexpr char kPipelineSize[] = "parallel.pipeline_parallel_size";
+constexpr char kDataSize[] = "parallel.data_parallel_size";
+constexpr char kVirtualStages[] = "parallel.virtual_stages";
+constexpr char kLayersPerStage[] = "parallel.layers_per_stage";
+constexpr char kMicrobatch[] = "training.micro_batch_size";
+constexpr char kAccumulation[] = "training.gradient_accumulation_steps";
+constexpr char kGlobalBatch[] = "training.global_batch_size";
+
 class Violations {
  public:
+  explicit Violations(const std::set<std::string>& wrong) : wrong_(wrong) {}
+
+  bool AreSound(std::initializer_list<const char*> fields) const {
+    return std::none_of(fields.begin(), fields.end(), [&](const char* field) { return wrong_.count(field) > 0; });
+  }
+  bool SizeIsSound(const v1::JobSpec& spec) const {
+    return AreSound({kPipelineSize, kVirtualStages}) && (spec.parallel().pipeline_parallel_size() > 0 || AreSound({kLayersPerStage}));
+  }
+  bool MicrobatchesAreSound() const { return AreSound({kAccumulation, kGlobalBatch, kMicrobatch, kDataSize}); }
+
   template <typename... Parts>
   void Add(absl::string_view field, const Parts&... parts) {
     v1::Violation violation;
@@ -71,16 +91,21 @@ class Violations {
   std::vector<v1::Violation> Take() { return std::move(list_); }
 
  private:
+  const std::set<std::string>& wrong_;
   std::vector<v1::Violation> list_;
 };
 
 void CheckBatch(const v1::JobSpec& spec, const model::ModelConfig& config, Violations& violations) {
   const v1::TrainingSpec& training = spec.training();
-  if (const int64_t tokens = training.micro_batch_size() * SequenceLength(spec, config); tokens > kMaxMicrobatchTokens) {
+  if (const int64_t tokens = training.micro_batch_size() * SequenceLength(spec, config);
+      tokens > kMaxMicrobatchTokens && violations.AreSound({kMicrobatch, "data.sequence_len"})) {
     violations.Add("training.micro_batch_size", "a micro-batch of ", training.micro_batch_size(), " x ", SequenceLength(spec, config),
                    " tokens is larger than ", kMaxMicrobatchTokens, ": lower micro_batch_size");
   }
-  if (training.micro_batch_size() < 1) violations.Add("training.micro_batch_size", training.micro_batch_size(), " must be at least 1");
+  if (training.micro_batch_size() < 1 && violations.AreSound({kMicrobatch})) {
+    violations.Add("training.micro_batch_size", training.micro_batch_size(), " must be at least 1");
+  }
+  if (!violations.MicrobatchesAreSound()) return;
   if (training.has_global_batch_size()) {
     const int64_t unit = int64_t{1} * std::max(1, training.micro_batch_size()) * DataParallelSize(spec);
     if (training.global_batch_size() < unit || training.global_batch_size() % unit != 0) {
@@ -93,15 +118,17 @@ void CheckBatch(const v1::JobSpec& spec, const model::ModelConfig& config, Viola
 }
 
 void CheckSchedule(const v1::JobSpec& spec, int pipeline_size, Violations& violations) {
+  if (!violations.AreSound({"parallel.schedule", kVirtualStages})) return;
   const ScheduleKind kind = ResolveSchedule(spec, pipeline_size);
-  const int v = VirtualStages(spec), m = NumMicrobatches(spec);
+  const int v = VirtualStages(spec);
   if (kind == ScheduleKind::kInterleaved1F1B && v == 1) {
     violations.Add("parallel.virtual_stages", "schedule interleaved_1f1b needs at least 2 virtual stages: set virtual_stages: 2 or schedule: 1f1b");
   }
   if (kind != ScheduleKind::kInterleaved1F1B && v > 1) {
     violations.Add("parallel.virtual_stages", v, " virtual stages need schedule: interleaved_1f1b, not ", ToString(kind));
   }
-  const int least = MinMicrobatches(kind, pipeline_size);
+  if (!violations.SizeIsSound(spec) || !violations.MicrobatchesAreSound()) return;
+  const int m = NumMicrobatches(spec), least = MinMicrobatches(kind, pipeline_size);
   if (m >= 1 && m < least) {
     const bool global = spec.training().has_global_batch_size();
     const int64_t unit = int64_t{1} * spec.training().micro_batch_size() * DataParallelSize(spec);
@@ -114,10 +141,10 @@ void CheckSchedule(const v1::JobSpec& spec, int pipeline_size, Violations& viola
 
 void CheckLayersPerStage(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, Violations& violations) {
   const auto& layers = spec.parallel().layers_per_stage();
-  if (layers.empty()) return;
+  if (layers.empty() || !violations.AreSound({kLayersPerStage})) return;
   const int num_stages = pipeline_size * VirtualStages(spec);
   const std::string text = absl::StrCat("[", absl::StrJoin(layers, ", "), "]");
-  if (layers.size() != num_stages) {
+  if (layers.size() != num_stages && violations.SizeIsSound(spec)) {
     violations.Add("parallel.layers_per_stage", text, " has ", layers.size(), " numbers for ", num_stages, " stages (pipeline_parallel_size ", pipeline_size,
                    " x virtual_stages ", VirtualStages(spec), "): give one number per stage");
   }
@@ -216,27 +243,22 @@ std::vector<v1::StagePlan> MakeStages(const v1::JobSpec& spec, const model::Mode
   return stages;
 }
 
-std::string ResolveCompute(const v1::JobSpec& spec, absl::string_view kind) {
-  const std::string& compute = spec.precision().compute();
-  if (!compute.empty() && compute != "auto") return compute;
-  return kind == "cuda" ? "bf16" : "fp32";
-}
-
 }  // namespace
 
 int64_t Layout::largest_rank_bytes() const { return peak_bytes.empty() ? 0 : *std::max_element(peak_bytes.begin(), peak_bytes.end()); }
 
-std::vector<v1::Violation> CheckLayout(const v1::JobSpec& spec, const model::ModelConfig& config) {
-  Violations violations;
+std::vector<v1::Violation> CheckLayout(const v1::JobSpec& spec, const model::ModelConfig& config, const std::set<std::string>& wrong) {
+  Violations violations(wrong);
   CheckBatch(spec, config, violations);
   const std::optional<int> named = NamedPipelineSize(spec);
   const int pipeline_size = named.value_or(1);
   const int64_t num_stages = int64_t{1} * pipeline_size * VirtualStages(spec);
-  if (num_stages > config.num_layers) {
+  const bool size_is_sound = violations.SizeIsSound(spec);
+  if (size_is_sound && num_stages > config.num_layers) {
     violations.Add(named ? "parallel.pipeline_parallel_size" : "parallel.virtual_stages", num_stages, " stages (pipeline_parallel_size ", pipeline_size,
                    " x virtual_stages ", VirtualStages(spec), ") are more than the model's ", config.num_layers, " layers: use at most ", config.num_layers,
                    " stages");
-  } else if (NumMicrobatches(spec) > MaxMicrobatches(spec, pipeline_size)) {
+  } else if (size_is_sound && violations.MicrobatchesAreSound() && NumMicrobatches(spec) > MaxMicrobatches(spec, pipeline_size)) {
     violations.Add("training.gradient_accumulation_steps", NumMicrobatches(spec), " micro-batches per step are more than the ",
                    MaxMicrobatches(spec, pipeline_size), " that a plan for ", pipeline_size * DataParallelSize(spec),
                    " ranks holds: use a larger micro_batch_size with fewer gradient_accumulation_steps");
@@ -270,7 +292,7 @@ absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelCon
   layout.virtual_stages = VirtualStages(spec);
   layout.schedule = ResolveSchedule(spec, pipeline_size);
   layout.num_microbatches = NumMicrobatches(spec);
-  layout.compute = ResolveCompute(spec, kind);
+  layout.compute = spec::ComputeOn(spec.precision().compute(), kind);
   layout.microbatch_tokens = spec.training().micro_batch_size() * SequenceLength(spec, config);
   layout.checkpointing = std::string(model::WordOf(CheckpointingOf(spec)));
   const model::StageMemoryOptions memory = MemoryOptionsOf(spec, config, kind, ComputeBytes(layout.compute), facts);

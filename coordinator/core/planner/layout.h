@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -46,7 +47,8 @@ struct Layout {
 
 // What in `spec` contradicts itself or the model, whatever the devices: more stages than layers, layers_per_stage that do not add up, too few
 // micro-batches for the schedule, a global batch that does not divide. All at once, with field and remedy. Empty: some layout exists.
-std::vector<v1::Violation> CheckLayout(const v1::JobSpec& spec, const model::ModelConfig& config);
+// `wrong`: fields whose values are no good by themselves ("parallel.virtual_stages"); what hangs on them is not judged.
+std::vector<v1::Violation> CheckLayout(const v1::JobSpec& spec, const model::ModelConfig& config, const std::set<std::string>& wrong = {});
 
 // Pipeline sizes that `spec` allows, ascending: the one that it names, or, for auto, those up to `max_size` (at least one).
 std::vector<int> PipelineSizes(const v1::JobSpec& spec, const model::ModelConfig& config, int max_size);

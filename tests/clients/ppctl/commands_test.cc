@@ -105,6 +105,37 @@ TEST_F(CommandsTest, GetPrintsTheResolvedSpecAsYaml) {
   EXPECT_EQ(Ppctl(coordinator_, {"get", "job-1", "-o", "name"}).out, "job-1\n");
 }
 
+TEST_F(CommandsTest, GetTellsWhatAutoCameTo) {
+  v1::Job job = MakeJob("job-1", v1::JOB_STATE_SUCCEEDED);
+  v1::ParallelSpec* parallel = job.mutable_spec()->mutable_parallel();
+  parallel->set_schedule("auto");
+  parallel->set_activation_checkpointing("none");
+  job.mutable_spec()->mutable_precision()->set_compute("auto");
+  coordinator_.list = {job};
+  EXPECT_THAT(Ppctl(coordinator_, {"get", "job-1", "-o", "yaml"}).out, Not(HasSubstr("planned"))) << "no plan yet";
+  for (int rank = 0; rank < 6; ++rank) {
+    auto* assignment = coordinator_.list[0].mutable_status()->add_assignment();
+    assignment->set_rank(rank);
+    assignment->set_stage(rank % 3);
+    assignment->set_replica(rank / 3);
+    assignment->set_device("cuda:1");
+  }
+  coordinator_.list[0].mutable_status()->set_schedule("1f1b");
+  const std::string yaml = Ppctl(coordinator_, {"get", "job-1", "-o", "yaml"}).out;
+  EXPECT_THAT(yaml, HasSubstr("    pipeline_parallel_size: auto  # planned: 3\n"));
+  EXPECT_THAT(yaml, HasSubstr("    data_parallel_size: auto  # planned: 2\n"));
+  EXPECT_THAT(yaml, HasSubstr("    schedule: auto  # planned: 1f1b\n"));
+  EXPECT_THAT(yaml, HasSubstr("    compute: auto  # planned: bf16\n"));
+  EXPECT_THAT(yaml, HasSubstr("    activation_checkpointing: none\n")) << "as it was asked";
+}
+
+TEST_F(CommandsTest, AStateMayBeWrittenAsJsonWritesIt) {
+  for (const char* word : {"running", "RUNNING", "JOB_STATE_RUNNING", "job_state_running"}) {
+    EXPECT_EQ(Ppctl(coordinator_, {"list", "--state", word}).code, 0) << word;
+  }
+  EXPECT_THAT(Ppctl(coordinator_, {"list", "--state", "JOB_STATE_RUNING"}).err, HasSubstr("did you mean RUNNING?"));
+}
+
 TEST_F(CommandsTest, CancelWorkersStatusVersion) {
   EXPECT_EQ(Ppctl(coordinator_, {"cancel", "job-1"}).out, "job-1 CANCELLING\n");
   EXPECT_EQ(Json::parse(Ppctl(coordinator_, {"workers", "list", "-o", "json"}).out)["workers"][0]["name"], "worker-0");

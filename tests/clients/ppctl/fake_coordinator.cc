@@ -58,7 +58,8 @@ grpc::Status FakeCoordinator::Enter(const std::string& method) {
     if (!entered.ok()) return entered;          \
   } while (false)
 
-grpc::Status FakeCoordinator::ValidateJob(grpc::ServerContext*, const v1::ValidateJobRequest*, v1::ValidateJobResponse* response) {
+grpc::Status FakeCoordinator::ValidateJob(grpc::ServerContext*, const v1::ValidateJobRequest* request, v1::ValidateJobResponse* response) {
+  validated = *request;
   FAKE_ENTER("ValidateJob");
   for (const v1::Violation& violation : violations) *response->add_violations() = violation;
   return grpc::Status::OK;

@@ -53,6 +53,7 @@ class FakeCoordinator : public v1::JobService::Service,
   std::map<std::string, std::string> blobs;    // complete, by sha256
   std::map<std::string, std::string> partial;  // cut uploads
   int64_t cut_upload_after = -1;               // bytes of the next upload that arrive before the stream breaks; -1: all
+  v1::ValidateJobRequest validated;
   std::vector<v1::SubmitJobRequest> submitted;
   v1::RegisterModelRequest registered;
   v1::PreviewDatasetRequest previewed;

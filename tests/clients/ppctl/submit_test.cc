@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
@@ -137,7 +138,63 @@ TEST_F(SubmitTest, AllLocalErrorsAtOnce) {
   EXPECT_THAT(run.err, HasSubstr("is not a file"));
   EXPECT_THAT(run.err, HasSubstr("job.yaml:1:27: model.init_adapter: there is no folder"));
   EXPECT_THAT(run.err, HasSubstr("6 errors"));
-  EXPECT_EQ(coordinator_.calls("ValidateJob"), 0);
+}
+
+TEST_F(SubmitTest, WhatOnlyTheCoordinatorSeesIsToldWithTheRest) {
+  const auto add = [this](const char* field, const char* message) {
+    coordinator_.violations.emplace_back().set_field(field);
+    coordinator_.violations.back().set_message(message);
+  };
+  add("adapter.r", "0 is out of range, says the coordinator too");
+  add("parallel.pipeline_parallel_size", "9 stages are more than the model's 5 layers");
+  add("model.base_model", "no model \"nope\" is registered");
+  const std::string job = folder_.Write("job.yaml",
+                                        "model: {base_model: nope}\nadapter: {r: 0}\nfoo: 1\nparallel: {pipeline_parallel_size: 9}\n"
+                                        "data: {datasets: [{path: gone.jsonl, type: completion}]}\n");
+  for (const char* verb : {"validate", "submit", "plan"}) {
+    const Outcome run = Ppctl(coordinator_, {verb, job});
+    EXPECT_EQ(run.code, 2);
+    std::vector<size_t> places;
+    for (const char* line : {"job.yaml:1:9: model.base_model: no model", "job.yaml:2:11: adapter.r: 0 is", "job.yaml:3:1: foo: is not a known key",
+                             "job.yaml:4:12: parallel.pipeline_parallel_size: 9 stages", "job.yaml:5:20: data.datasets[0].path: there is no file"}) {
+      places.push_back(run.err.find(line));
+      EXPECT_NE(places.back(), std::string::npos) << line << " is not in: " << run.err;
+    }
+    EXPECT_TRUE(std::is_sorted(places.begin(), places.end())) << run.err;
+    EXPECT_THAT(run.err, HasSubstr("5 errors"));
+    EXPECT_THAT(run.err, Not(HasSubstr("says the coordinator too")));
+  }
+  EXPECT_EQ(coordinator_.validated.spec().adapter().r(), 0) << "not the default: nothing may be judged by it";
+  EXPECT_EQ(coordinator_.validated.spec().parallel().pipeline_parallel_size(), 9);
+  EXPECT_TRUE(coordinator_.submitted.empty());
+  const Outcome run = Ppctl(coordinator_, {"validate", job, "--set", "model.base_model=some/folder"});
+  EXPECT_EQ(run.code, 2);
+  EXPECT_EQ(coordinator_.calls("RegisterModel"), 0) << "a wrong file changes nothing";
+}
+
+TEST_F(SubmitTest, AWrongFileIsWrongWithoutACoordinatorToo) {
+  const std::string job = JobYaml("foo: 1\n");
+  coordinator_.Stop();
+  const Outcome run = Ppctl(coordinator_, {"validate", job});
+  EXPECT_EQ(run.code, 2);
+  EXPECT_THAT(run.err, HasSubstr("foo: is not a known key"));
+  EXPECT_THAT(run.err, HasSubstr(coordinator_.address()));
+  EXPECT_EQ(Ppctl(coordinator_, {"validate", JobYaml()}).code, 5);
+}
+
+TEST_F(SubmitTest, SettingsWithoutEffectAreAWarning) {
+  const Outcome run = Ppctl(coordinator_, {"validate", JobYaml("evaluation: {eval_steps: 5}\n")});
+  EXPECT_EQ(run.code, 0) << run.err;
+  EXPECT_THAT(run.err, HasSubstr("warning: "));
+  EXPECT_THAT(run.err, HasSubstr("job.yaml:5:14: evaluation.eval_steps: has no effect without evaluation rows"));
+}
+
+TEST_F(SubmitTest, AFieldMapThatNamesAKeyTwiceIsToldAtItsPlace) {
+  const std::string job = JobYaml();
+  const Outcome run = Ppctl(coordinator_, {"validate", job, "--set", "data.datasets[0].field_map={prompt: input, completion: input}"});
+  EXPECT_EQ(run.code, 2);
+  EXPECT_THAT(run.err, HasSubstr("data.datasets[0].field_map: gives the key \"input\" to two parts"));
+  EXPECT_THAT(run.err, HasSubstr("1 error"));
 }
 
 TEST_F(SubmitTest, ALocalAdapterIsUploaded) {
@@ -162,6 +219,10 @@ TEST_F(SubmitTest, ValidateAndDryRunStoreNothing) {
   EXPECT_EQ(run.code, 0);
   EXPECT_THAT(run.out, HasSubstr("  learning_rate: "));
   EXPECT_THAT(run.out, HasSubstr("  sequence_len: 512"));
+  const std::string resolved = run.out;
+  EXPECT_EQ(Ppctl(coordinator_, {"submit", JobYaml(), "--dry-run", "-o", "yaml"}).out, resolved);
+  run = Ppctl(coordinator_, {"validate", folder_.Write("resolved.yaml", resolved)});
+  EXPECT_EQ(run.code, 0) << run.err;
   EXPECT_TRUE(coordinator_.blobs.empty());
   EXPECT_TRUE(coordinator_.submitted.empty());
 }

@@ -41,6 +41,7 @@ std::vector<std::string> ReadAll(const std::string& bytes, const std::string& ty
 TEST(RowReaderTest, JsonLines) {
   EXPECT_THAT(ReadAll("{\"prompt\":\"a\",\"completion\":\"b\"}\n{\"completion\":\"d\",\"prompt\":\"\",\"more\":[1,{\"x\":null}]}"),
               ElementsAre("1:a:b", "2::d"));
+  EXPECT_THAT(ReadAll("{\"prompt\":\"a\",\"completion\":\"b\",\"more\":{\"prompt\":1,\"completion\":2}}"), ElementsAre("1:a:b"));
   EXPECT_THAT(ReadAll("\xEF\xBB\xBF{\"prompt\":\"a\",\"completion\":\"\\u00e4\\ud83d\\ude00\"}\r\n"), ElementsAre("1:a:ä😀"));
   EXPECT_THAT(ReadAll("{\"text\":\"t\"}\n", "completion"), ElementsAre("1::t"));
 }
@@ -83,6 +84,8 @@ INSTANTIATE_TEST_SUITE_P(
                       BadCase{"missing", kLine + "{\"prompt\":\"a\"}\n", {"row 2", "field completion is missing", "\"prompt\"", "field_map"}},
                       BadCase{"misspelt", "{\"prompt\":\"a\",\"Completions\":\"b\"}", {"row 1", "did you mean \"Completions\"?"}},
                       BadCase{"no keys", "{}", {"row 1", "no keys"}},
+                      BadCase{"a key twice", kLine + R"({"prompt":"a","completion":"b","prompt":"c"})", {"row 2", "the key \"prompt\" is there twice"}},
+                      BadCase{"a key twice, spelt otherwise", R"([{"prompt":"a","\u0070rompt":"c","completion":"b"}])", {"row 1", "\"prompt\" is there twice"}},
                       BadCase{"wrong type", "{\"prompt\":[\"a\"],\"completion\":\"b\"}\n", {"row 1", "field prompt", "a list"}},
                       BadCase{"null", "{\"prompt\":\"a\",\"completion\":null}\n", {"row 1", "field completion", "null"}},
                       BadCase{"number", "{\"prompt\":\"a\",\"completion\":3}\n", {"row 1", "a number"}},

@@ -55,6 +55,22 @@ TEST(Check, FindsEachWrongField) {
       {"limits.stall_timeout", [](v1::JobSpec* s) { s->mutable_limits()->mutable_stall_timeout()->set_seconds(-1); }},
       {"precision.compute", [](v1::JobSpec* s) { s->mutable_precision()->set_compute("fp8"); }},
       {"parallel.schedule", [](v1::JobSpec* s) { s->mutable_parallel()->set_schedule(""); }},
+      {"adapter.lora_alpha", [](v1::JobSpec* s) { s->mutable_adapter()->set_lora_alpha(16.5); }},
+      {"training.learning_rate", [](v1::JobSpec* s) { s->mutable_training()->set_learning_rate(1e30); }},
+      {"parallel.pipeline_parallel_size", [](v1::JobSpec* s) { s->mutable_parallel()->set_pipeline_parallel_size(-1); }},
+      {"parallel.layers_per_stage[0]", [](v1::JobSpec* s) { s->mutable_parallel()->add_layers_per_stage(0); }},
+      {"data.datasets[0].field_map",
+       [](v1::JobSpec* s) {
+         v1::DatasetSpec* dataset = s->mutable_data()->mutable_datasets(0);
+         dataset->set_type("prompt_completion");
+         dataset->clear_field_map();
+         (*dataset->mutable_field_map())["prompt"] = (*dataset->mutable_field_map())["completion"] = "input";
+       }},
+      {"precision.hysteresis",
+       [](v1::JobSpec* s) {
+         s->mutable_precision()->set_loss_scale(1024);
+         s->mutable_precision()->set_hysteresis(5);
+       }},
   };
   for (const Case& c : cases) {
     v1::JobSpec spec = Good();
@@ -64,6 +80,17 @@ TEST(Check, FindsEachWrongField) {
     EXPECT_EQ(violations[0].field(), c.field);
     EXPECT_GT(violations[0].message().size(), 10u);
   }
+}
+
+TEST(Check, WhatOlderClientsLeaveEmptyMeansTheDefault) {
+  v1::JobSpec spec = Good();
+  spec.mutable_parallel()->clear_cuda_graphs();
+  EXPECT_TRUE(Check(spec).empty());
+  FillNewerFields(&spec);
+  EXPECT_EQ(spec.parallel().cuda_graphs(), "auto");
+  spec.mutable_parallel()->set_cuda_graphs("off");
+  FillNewerFields(&spec);
+  EXPECT_EQ(spec.parallel().cuda_graphs(), "off") << "what is there stays";
 }
 
 }  // namespace

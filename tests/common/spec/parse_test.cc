@@ -14,6 +14,7 @@
 namespace ppft::spec {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::Not;
@@ -149,11 +150,17 @@ TEST(Parse, RefusesWithPlaceFieldAndRemedy) {
       {"adapter: {target_modules: [all-linear]}", {"stands alone"}},
       {"adapter: {target_modules: []}", {"target_modules: is empty"}},
       {"adapter: {use_rslora: yes}", {"true or false"}},
+      {"adapter: {lora_alpha: 16.5}", {"job.yaml:5:11: adapter.lora_alpha: is \"16.5\", but must be a whole number from 1 to 1000000"}},
+      {"adapter: {lora_alpha: 0}", {"adapter.lora_alpha: 0 is out of range: use a whole number from 1 to 1000000"}},
       {"training: {max_stepz: 3}", {"job.yaml:5:12: training.max_stepz: is not a known key; did you mean max_steps?"}},
       {"max_steps: 3", {"did you mean training.max_steps?"}},
       {"training: {per_device_train_batch_size: 3}", {"did you mean training.micro_batch_size?"}},
       {"training: {learning_rate: fast}", {"learning_rate: is \"fast\", but must be a number above 0"}},
-      {"training: {learning_rate: -1}", {"learning_rate: -1 is out of range: use a number above 0"}},
+      {"training: {learning_rate: -1}", {"learning_rate: -1 is out of range: use a number above 0 and at most 1e6"}},
+      {"training: {learning_rate: 1e30}", {"learning_rate: 1e+30 is out of range: use a number above 0 and at most 1e6"}},
+      {"training: {num_epochs: 1e18}", {"num_epochs: 1e+18 is out of range: use a number above 0 and at most 1e6"}},
+      {"training: {max_steps: 9223372036854775807}", {"max_steps: 9223372036854775807 is out of range: use a whole number from 1 to 1000000000000"}},
+      {"training: {warmup_ratio: 1}", {"warmup_ratio: 1 is out of range: use a number from 0 to below 1"}},
       {"training: {learning_rate: .inf}", {"learning_rate: .inf is not a finite number"}},
       {"training: {learning_rate: -.NaN}", {"not a finite number"}},
       {"training: {learning_rate: 1e999}", {"learning_rate: infinity is not a finite number"}},
@@ -172,15 +179,22 @@ TEST(Parse, RefusesWithPlaceFieldAndRemedy) {
        {"training.gradient_accumulation_steps: gradient_accumulation_steps (8) must be a multiple of pipeline_parallel_size (3)", "use 9"}},
       {"parallel: {pipeline_parallel_size: 3, layers_per_stage: [1, 2]}", {"layers_per_stage has 2 numbers", "asks for 3"}},
       {"parallel: {layers_per_stage: [1, -2]}", {"parallel.layers_per_stage[1]: is \"-2\""}},
+      {"parallel: {layers_per_stage: [1, 0]}", {"parallel.layers_per_stage[1]: is \"0\"", "from 1 to 10000"}},
+      {"parallel: {pipeline_parallel_size: 0}", {"parallel.pipeline_parallel_size: 0 is out of range: use a whole number from 1 to 1024 or auto"}},
+      {"parallel: {data_parallel_size: 0}", {"parallel.data_parallel_size: 0 is out of range: use a whole number from 1 to 1024 or auto"}},
       {"parallel: {zero_stage: 4}", {"parallel.zero_stage: 4 is out of range: use a whole number from 0 to 3"}},
       {"parallel: {activation_checkpointing: some}", {"activation_checkpointing: \"some\" is not known: use one of none, full, selective, auto"}},
       {"precision: {compute: fp8}", {"precision.compute: \"fp8\" is not known"}},
       {"precision: {compute: fp12}", {"precision.compute: \"fp12\" is not known; did you mean fp32?"}},
-      {"precision: {loss_scale: 0}", {"loss_scale: 0 is out of range", "dynamic"}},
+      {"precision: {loss_scale: 0}", {"loss_scale: 0 is out of range: use a number above 0 and at most 1e18 or dynamic"}},
+      {"precision: {loss_scale: 1024, initial_scale_power: 8}",
+       {"precision.initial_scale_power: initial_scale_power steers a dynamic loss scale and contradicts loss_scale: 1024"}},
       {"evaluation: {early_stopping_patience: 1}", {"early_stopping_patience needs evaluation rows"}},
       {"output: {formats: [adapter, gguf]}", {"output.formats[1]: \"gguf\" is not known"}},
       {"limits: {stall_timeout: 300}", {"limits.stall_timeout: is \"300\", but must be a duration with its unit"}},
-      {"limits: {stall_timeout: 0s}", {"out of range"}},
+      {"limits: {stall_timeout: 0s}", {"0s is out of range: use a duration with its unit, such as 300s, 5m or 2h, from 1s to 168h"}},
+      {"1: 2", {"job.yaml:5:1: 1: is not a known key; the keys here are name, labels"}},
+      {"'': 2", {"job.yaml:5:1: \"\": is not a known key; the keys here are name, labels"}},
       {"limits: {max_duration: inf}", {"duration"}},
       {"name: Has Blanks", {"name: \"Has Blanks\" is not a name"}},
       {"name: a\nname: b", {"job.yaml:6:1: name: is given twice (first in line 5)"}},
@@ -204,6 +218,8 @@ TEST(Parse, RefusesWrongDatasets) {
   EXPECT_THAT(with("{datasets: [{path: a, type: alpaca}]}"), HasSubstr("data.datasets[0].type: \"alpaca\" is not supported yet"));
   EXPECT_THAT(with("{datasets: [{path: a, type: complete}]}"), HasSubstr("did you mean completion?"));
   EXPECT_THAT(with("{datasets: [{path: a, type: summarization, field_map: {dokument: x}}]}"), HasSubstr("did you mean document?"));
+  EXPECT_THAT(with("{datasets: [{path: a, type: prompt_completion, field_map: {prompt: input, completion: input}}]}"),
+              HasSubstr("job.yaml:2:54: data.datasets[0].field_map: gives the key \"input\" to two parts of a row, prompt and completion"));
   EXPECT_THAT(with("{datasets: [{path: a, type: completion}], val_set_size: 0.1, test_datasets: [{path: b, type: completion}]}"),
               HasSubstr("val_set_size and test_datasets contradict"));
   EXPECT_THAT(with("{datasets: [{path: a, type: completion}], roles_to_train: [user]}"), HasSubstr("data.roles_to_train: \"user\" is not supported yet"));
@@ -216,6 +232,72 @@ TEST(Parse, AllErrorsAtOnceInFileOrder) {
   for (const FieldError& error : result.errors) lines.push_back(error.line);
   EXPECT_THAT(lines, ElementsAre(5, 6, 7));
   EXPECT_THAT(Errors(result), HasSubstr("some/job.yaml:7:"));
+}
+
+// Of a file with errors the rest is judged by others, and what they say is told once.
+TEST(Parse, WhatIsNotWrongIsJudgedOn) {
+  const ParseResult result = Parse("job.yaml",
+                                   "model: {base_model: nope}\nadaptor: {r: 4}\ndata:\n  sequence_len: many\n  datasets:\n"
+                                   "    - {path: a.jsonl, type: complete}\n    - {path: b.jsonl, type: completion}\n"
+                                   "training: {max_stepz: 3}\nparallel: {pipeline_parallel_size: 9, layers_per_stage: [1, 0]}\n");
+  EXPECT_EQ(result.errors.size(), 5u) << Errors(result);
+  const v1::JobSpec judged = result.Judgeable();
+  EXPECT_EQ(judged.model().base_model(), "nope");
+  EXPECT_EQ(judged.parallel().pipeline_parallel_size(), 9);
+  EXPECT_EQ(judged.data().datasets(1).type(), "completion");
+  EXPECT_FALSE(judged.has_adapter());
+  EXPECT_EQ(judged.data().sequence_len(), 0);
+  EXPECT_EQ(judged.data().datasets(0).type(), "");
+  EXPECT_EQ(judged.parallel().layers_per_stage_size(), 0);
+  google::protobuf::RepeatedPtrField<v1::Violation> violations;
+  for (const v1::Violation& own : Check(judged)) *violations.Add() = own;
+  EXPECT_GT(violations.size(), 3);
+  EXPECT_EQ(result.News(judged, violations).size(), 0u) << "nothing but what the file's errors say";
+  const auto add = [&](const char* field, const char* message) {
+    v1::Violation& violation = *violations.Add();
+    violation.set_field(field);
+    violation.set_message(message);
+  };
+  add("model.base_model", "is not registered");
+  add("model.base_model", "is not registered");
+  add("parallel.pipeline_parallel_size", "9 stages are more than the model's layers");
+  add("data.sequence_len", "is beyond the model");
+  add("adapter.r", "hangs on what is wrong");
+  std::vector<std::string> news;
+  for (const FieldError& error : result.News(judged, violations)) news.push_back(ToString(error));
+  EXPECT_THAT(news, ElementsAre("job.yaml:1:9: model.base_model: is not registered",
+                                "job.yaml:9:12: parallel.pipeline_parallel_size: 9 stages are more than the model's layers"));
+}
+
+TEST(Parse, ATextThatBreaksOffIsJudgedByWhatStandsBefore) {
+  const ParseResult result = Parse("job.yaml", "parallel: {pipeline_parallel_size: 9}\nmodel: [ {\n");
+  ASSERT_FALSE(result.readable);
+  EXPECT_THAT(
+      ErrorsOf("adapter: {r: 0}\noutput: {verify: maybe, formats: [\n"),
+      AllOf(HasSubstr("not valid YAML"), HasSubstr("adapter.r: 0"), HasSubstr("output.verify"), Not(HasSubstr("formats: is")), Not(HasSubstr("is missing"))));
+  google::protobuf::RepeatedPtrField<v1::Violation> violations;
+  for (const char* field : {"parallel.pipeline_parallel_size", "data.sequence_len"}) {
+    violations.Add()->set_field(field);
+  }
+  const std::vector<FieldError> news = result.News(result.Judgeable(), violations);
+  ASSERT_EQ(news.size(), 1u);
+  EXPECT_EQ(news[0].field, "parallel.pipeline_parallel_size");
+}
+
+TEST(Parse, SettingsWithoutEffectAreWarnedOf) {
+  const auto warnings = [](absl::string_view more) {
+    const ParseResult result = Parse("job.yaml", absl::StrCat(kMinimum, more));
+    EXPECT_TRUE(result.ok()) << Errors(result);
+    std::vector<std::string> fields;
+    for (const FieldError& warning : result.warnings) fields.push_back(ToString(warning).substr(0, ToString(warning).find(" without")));
+    return fields;
+  };
+  EXPECT_THAT(warnings("evaluation: {eval_steps: 10, eval_on_start: true}\ncheckpoint: {load_best_model_at_end: true}\n"),
+              ElementsAre("job.yaml:5:14: evaluation.eval_steps: has no effect", "job.yaml:5:30: evaluation.eval_on_start: has no effect",
+                          "job.yaml:6:14: checkpoint.load_best_model_at_end: has no effect"));
+  EXPECT_THAT(warnings("evaluation: {eval_steps: 0, eval_on_start: false}\ncheckpoint: {load_best_model_at_end: false}\n"), ElementsAre());
+  EXPECT_THAT(warnings("  val_set_size: 0.5\nevaluation: {eval_steps: 10}\ncheckpoint: {load_best_model_at_end: true}\n"), ElementsAre());
+  EXPECT_THAT(warnings(""), ElementsAre());
 }
 
 TEST(Parse, EmptyFilesSayWhatIsNeeded) {
@@ -263,6 +345,7 @@ TEST(Parse, LocateFindsTheNearestWrittenKey) {
 TEST(ToYaml, ParsesBackToTheSameMessage) {
   const std::vector<std::string> texts = {
       kMinimum,
+      absl::StrCat(kMinimum, "adapter: {lora_alpha: 1000000}\n"),
       absl::StrCat(
           kMinimum, "name: n0\nlabels: {a: 'x: \"y\" \\ #', 'true': 'null', '1': ''}\nseed: 9007199254740991\n",
           "training: {max_steps: 3, warmup_steps: 2, learning_rate: 0.1234567890123456789, lr_scheduler: wsd, decay_ratio: 0.3, min_lr_ratio: 1e-300, "
@@ -291,6 +374,18 @@ TEST(ToYaml, ParsesBackToTheSameMessage) {
     EXPECT_TRUE(differencer.Compare(first.spec, second.spec)) << difference << yaml;
     EXPECT_TRUE(Check(first.spec).empty());
   }
+}
+
+TEST(ToYaml, CommentsStandBesideTheirFieldAndAreNotRead) {
+  const ParseResult first = Parse("job.yaml", absl::StrCat(kMinimum, "adapter: {lora_alpha: 16.0}\n"));
+  ASSERT_TRUE(first.ok()) << Errors(first);
+  const std::string yaml = ToYaml(first.spec, {{"parallel.schedule", "planned: 1f1b"}, {"parallel.pipeline_parallel_size", "planned: 2"}});
+  EXPECT_THAT(yaml, HasSubstr("\n  pipeline_parallel_size: auto  # planned: 2\n"));
+  EXPECT_THAT(yaml, HasSubstr("\n  schedule: auto  # planned: 1f1b\n"));
+  EXPECT_THAT(yaml, HasSubstr("\n  lora_alpha: 16\n"));
+  const ParseResult second = Parse("again.yaml", yaml);
+  ASSERT_TRUE(second.ok()) << Errors(second);
+  EXPECT_TRUE(google::protobuf::util::MessageDifferencer::Equals(first.spec, second.spec));
 }
 
 // Damaged files: an error or a valid job, never anything else. The generator's seed is fixed.
@@ -331,6 +426,9 @@ TEST(Nearest, FindsSlipsAndNothingElse) {
   EXPECT_EQ(EditDistance("", "abc"), 3);
   EXPECT_EQ(Nearest("max_stepz", {"min_steps", "max_steps"}), "max_steps");
   EXPECT_EQ(Nearest("unrelated", {"r", "lora_alpha"}), "");
+  EXPECT_EQ(Nearest("1", {"r"}), "") << "nothing of it stands there";
+  EXPECT_EQ(Nearest("", {"r"}), "");
+  EXPECT_EQ(Nearest("R", {"r"}), "r");
 }
 
 }  // namespace

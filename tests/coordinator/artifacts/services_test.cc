@@ -48,6 +48,8 @@ class WorkerFace : public v1::WorkerService::Service {
   WorkerFiles* const files_;
 };
 
+constexpr char kCancelledJob[] = "job-cancelled";
+
 class ServicesTest : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -71,9 +73,14 @@ class ServicesTest : public ::testing::Test {
     auto artifacts = Artifacts::Open(options);
     ASSERT_TRUE(artifacts.ok()) << artifacts.status();
     artifacts_ = std::move(*artifacts);
-    ASSERT_TRUE(
-        artifacts_->Attach(controller_.get(), [](JobStore&, const std::string& id) -> absl::StatusOr<v1::Job> { return absl::NotFoundError("no job " + id); })
-            .ok());
+    const auto find_job = [](JobStore&, const std::string& id) -> absl::StatusOr<v1::Job> {
+      if (id != kCancelledJob) return absl::NotFoundError("no job " + id);
+      v1::Job job;
+      job.set_id(id);
+      job.mutable_status()->set_state(v1::JOB_STATE_CANCELLED);
+      return job;
+    };
+    ASSERT_TRUE(artifacts_->Attach(controller_.get(), find_job).ok());
     worker_face_ = std::make_unique<WorkerFace>(artifacts_->worker_files());
     grpc::ServerBuilder builder;
     int port = 0;
@@ -594,6 +601,28 @@ TEST_F(ServicesTest, WorkersPutFilesOfTheCurrentEpochOnly) {
   ASSERT_TRUE(Put(3, bytes, sha).ok());
   ASSERT_TRUE(Fetch(sha, 0, &back).ok());
   EXPECT_EQ(back, bytes);
+}
+
+TEST_F(ServicesTest, AJobWithoutAFinalModelIsToldByItsCheckpoints) {
+  const auto answer = [this] {
+    grpc::ClientContext context;
+    v1::GetManifestRequest request;
+    request.set_job_id(kCancelledJob);
+    v1::ArtifactManifest manifest;
+    const grpc::Status status = v1::ArtifactService::NewStub(channel_)->GetManifest(&context, request, &manifest);
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+    return status.error_message();
+  };
+  EXPECT_THAT(answer(), HasSubstr("it is CANCELLED and has no checkpoint"));
+  ASSERT_TRUE(controller_
+                  ->Run([](JobStore& store) {
+                    v1::CheckpointManifest checkpoint;
+                    checkpoint.set_job_id(kCancelledJob);
+                    checkpoint.mutable_state()->set_step(3);
+                    return store.PutCheckpoint(checkpoint);
+                  })
+                  .ok());
+  EXPECT_THAT(answer(), HasSubstr("--checkpoint latest"));
 }
 
 TEST_F(ServicesTest, UploadedAdapterIsCheckedAndDownloadedByContent) {

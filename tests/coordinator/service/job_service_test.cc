@@ -104,6 +104,35 @@ TEST_F(JobServiceTest, AModelWhoseFilesChangedIsRefused) {
   EXPECT_THAT(refused.error_message(), HasSubstr("the file is gone"));
 }
 
+TEST_F(JobServiceTest, WhatDoesNotHangTogetherIsToldTogether) {
+  v1::JobSpec spec = Spec(9);
+  spec.mutable_adapter()->set_r(0);
+  spec.mutable_data()->set_sequence_len(100000);
+  spec.mutable_parallel()->add_layers_per_stage(1);
+  spec.mutable_data()->mutable_datasets(0)->set_path("ds-9");
+  EXPECT_THAT(Fields(spec),
+              testing::UnorderedElementsAre(HasSubstr("adapter.r: 0 is out of range"), HasSubstr("parallel.layers_per_stage: layers_per_stage has 1 numbers"),
+                                            HasSubstr("data.sequence_len: 100000 is more than the 512 positions"),
+                                            HasSubstr("parallel.pipeline_parallel_size: 9 stages"), HasSubstr("data.datasets[0].path: no dataset \"ds-9\"")));
+  spec = Spec(2);
+  spec.mutable_model()->set_base_model("nope");
+  spec.mutable_training()->set_learning_rate(-1);
+  EXPECT_THAT(Fields(spec), testing::UnorderedElementsAre(HasSubstr("model.base_model: no model \"nope\""), HasSubstr("training.learning_rate: -1")));
+  spec = Spec(9);
+  spec.mutable_parallel()->set_virtual_stages(-3);
+  spec.mutable_training()->set_gradient_accumulation_steps(0);
+  EXPECT_THAT(Fields(spec), testing::UnorderedElementsAre(HasSubstr("parallel.virtual_stages: -3"), HasSubstr("training.gradient_accumulation_steps: 0")))
+      << "what hangs on a wrong value is not judged by it";
+}
+
+TEST_F(JobServiceTest, AnOlderClientsJobGetsTheDefaultsOfNewerFields) {
+  v1::JobSpec spec = Spec(2);
+  spec.mutable_parallel()->clear_cuda_graphs();
+  EXPECT_THAT(Fields(spec), IsEmpty());
+  EXPECT_EQ(Get(Submit(spec)).spec().parallel().cuda_graphs(), "auto");
+  EXPECT_EQ(Submit(spec), Get("small").id()) << "the same request is the same job";
+}
+
 TEST_F(JobServiceTest, APathIsValidBeforeTheUploadAndRefusedAtSubmit) {
   v1::JobSpec spec = Spec(2);
   spec.mutable_data()->mutable_datasets(0)->set_path("train.jsonl");
