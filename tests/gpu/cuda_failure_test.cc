@@ -16,7 +16,13 @@
 namespace ppft::trainer {
 namespace {
 
-TEST(CudaFailureTest, AFullDeviceIsNamedAndGoesOn) {
+class CudaFailureTest : public testing::Test {
+ protected:
+  // The other tests of this process want the device's memory.
+  void TearDown() override { Gpu().ReleaseCachedMemory(); }
+};
+
+TEST_F(CudaFailureTest, AFullDeviceIsNamedAndGoesOn) {
   const int64_t all = Gpu().Memory(0).device_bytes;
   const absl::Status status = CatchTorch("stage 0", [&]() -> absl::Status {
     const at::Tensor too_much = at::empty({2 * all}, OnGpu(at::kByte));
@@ -30,11 +36,11 @@ TEST(CudaFailureTest, AFullDeviceIsNamedAndGoesOn) {
   EXPECT_EQ(at::full({4}, 2.0, OnGpu(at::kFloat)).sum().item<float>(), 8.0f);
 }
 
-TEST(CudaFailureTest, AModelThatDoesNotFitIsNamed) {
+TEST_F(CudaFailureTest, AModelThatDoesNotFitIsNamed) {
   Gpu().ReleaseCachedMemory();
   const int64_t free = Gpu().Memory(0).device_free_bytes;
-  // All but 256 MiB.
-  const at::Tensor taken = at::empty({free - (256 << 20)}, OnGpu(at::kByte));
+  // All but 512 MiB; what a product's library wants beside LibTorch still finds room.
+  const at::Tensor taken = at::empty({free - (512 << 20)}, OnGpu(at::kByte));
   const model::ModelConfig config = ConfigOf(2048, 8192, 4, 32, 8, 64, 32000, /*tied=*/true);
   StageOptions options;
   options.num_layers = 4;
