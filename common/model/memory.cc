@@ -195,7 +195,9 @@ StageMemory MemoryOfStage(const ModelConfig& config, const LoraShape& lora, cons
   memory.kept = stage.num_layers * ColumnsOf(config, linears, options.checkpointing).bytes(tokens, bytes) + BlockBytes(tokens);
   if (stage.has_head) memory.kept += options.targets * config.hidden_size * bytes;  // gradient of the hidden state
   if (options.checkpointing != ActivationCheckpointing::kNone || options.evaluates) {
-    memory.transient = ColumnsOf(config, linears, ActivationCheckpointing::kNone).bytes(tokens, bytes) + (options.evaluates ? BlockBytes(tokens) : 0);
+    // The layer's input is the kept one where backward makes things again.
+    memory.transient = ColumnsOf(config, linears, ActivationCheckpointing::kNone).bytes(tokens, bytes);
+    memory.transient += options.evaluates ? BlockBytes(tokens) : -tokens * config.hidden_size * bytes;
   }
   memory.scratch = ScratchBytes(config, linears, stage, options);
   memory.temporary = options.cuda ? CudaAttentionBytes(config, options) : CpuTemporaryBytes(config, linears, stage, options);

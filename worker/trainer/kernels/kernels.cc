@@ -39,7 +39,7 @@ void Kernels::SwiGluBackwardAndGated(const at::Tensor& dout, const at::Tensor& g
 }
 
 bool Kernels::SwiGluBackwardSums(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double, const at::Tensor&, const at::Tensor&,
-                                 const at::Tensor&) {
+                                 const at::Tensor&, const at::Tensor&) {
   return false;
 }
 

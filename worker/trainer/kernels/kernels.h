@@ -103,9 +103,9 @@ class Kernels {
 
   // SwiGluBackward in place together with the sums over rows that adapters on gate, up and down want, where the device has that; false: nothing was done.
   // lora: rows [T, 2 r], d: rows [T, r]. Adds to db_gate and db_up ([F, r] acc) scale * the gradients of gate and up, transposed, times lora's halves, and to
-  // da ([r, F] acc) d, transposed, times SwiGlu's output.
+  // da ([r, F] acc) d, transposed, times SwiGlu's output. room: contiguous memory that may be overwritten.
   virtual bool SwiGluBackwardSums(const at::Tensor& dout, const at::Tensor& gate_up, const at::Tensor& lora, const at::Tensor& d, double scale,
-                                  const at::Tensor& db_gate, const at::Tensor& db_up, const at::Tensor& da);
+                                  const at::Tensor& db_gate, const at::Tensor& db_up, const at::Tensor& da, const at::Tensor& room);
 
   // Causal attention inside each document, scale 1 / sqrt(head_dim). qkv: rows [T, row_size] after RoPE; out: rows [T, q_size];
   // lse: [q_heads, T] acc, log-sum-exp of the scores.

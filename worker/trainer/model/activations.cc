@@ -27,7 +27,7 @@ ActivationPool::ActivationPool(int num_layers, const LayerSizes& sizes, Checkpoi
                                int64_t least_tokens)
     : num_layers_(num_layers), sizes_(sizes), checkpointing_(checkpointing), compute_(compute), acc_(acc), least_tokens_(least_tokens) {}
 
-std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing) const {
+std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing, bool with_hidden) const {
   auto set = std::make_unique<MicrobatchActivations>();
   set->capacity = tokens;
   const auto rows = [&](int64_t columns) {
@@ -41,7 +41,7 @@ std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, i
   };
   for (size_t i = 0; i < layers; ++i) {
     LayerActivations a;
-    a.hidden = rows(sizes_.hidden);
+    if (with_hidden) a.hidden = rows(sizes_.hidden);
     if (checkpointing == Checkpointing::kFull) {
       set->layers.push_back(std::move(a));
       continue;
@@ -73,30 +73,40 @@ MicrobatchActivations& ActivationPool::Keep(int microbatch, int64_t tokens) {
   } else {
     if (!free_.empty()) free_.pop_back();
     ++generation_;
-    set = Allocate(num_layers_, std::max(tokens, least_tokens_), checkpointing_);
+    set = Allocate(num_layers_, std::max(tokens, least_tokens_), checkpointing_, /*with_hidden=*/true);
   }
   return *(kept_[microbatch] = std::move(set));
 }
 
 MicrobatchActivations& ActivationPool::Transient(int64_t tokens) {
+  Reserve(tokens);
+  at::Tensor& hidden = transient_->layers[0].hidden;
+  if (!hidden.defined()) {
+    hidden = at::empty({transient_->capacity, sizes_.hidden}, compute_);
+    transient_->bytes += static_cast<int64_t>(hidden.nbytes());
+  }
+  return *transient_;
+}
+
+const LayerActivations& ActivationPool::Reserve(int64_t tokens) {
   if (transient_ == nullptr || transient_->capacity < tokens) {
     transient_.reset();
     // Part of passes with a backward only where that makes things again; a probe of few tokens alone needs little.
     const bool recomputes = checkpointing_ != Checkpointing::kNone;
     if (recomputes) ++generation_;
-    transient_ = Allocate(1, recomputes ? std::max(tokens, least_tokens_) : tokens, Checkpointing::kNone);
+    transient_ = Allocate(1, recomputes ? std::max(tokens, least_tokens_) : tokens, Checkpointing::kNone, /*with_hidden=*/false);
   }
-  return *transient_;
+  return transient_->layers[0];
 }
 
 LayerActivations ActivationPool::Rows(const MicrobatchActivations& set, size_t layer, int64_t tokens) {
   LayerActivations rows = set.layers[std::min(layer, set.layers.size() - 1)];
   if (!rows.qkv.defined()) {
     const at::Tensor hidden = rows.hidden;
-    rows = Transient(tokens).layers[0];
+    rows = Reserve(tokens);
     rows.hidden = hidden;
   } else if (!rows.gate_up.defined()) {
-    rows.gate_up = Transient(tokens).layers[0].gate_up;
+    rows.gate_up = Reserve(tokens).gate_up;
   }
   return rows.Rows(tokens);
 }

@@ -72,7 +72,9 @@ class ActivationPool {
 
  private:
   static int64_t BytesOf(const MicrobatchActivations& set);
-  std::unique_ptr<MicrobatchActivations> Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing) const;
+  std::unique_ptr<MicrobatchActivations> Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing, bool with_hidden) const;
+  // Of the transient set, whose layer has no `hidden` before it is a pass's own.
+  const LayerActivations& Reserve(int64_t tokens);
 
   const size_t num_layers_;
   const LayerSizes sizes_;

@@ -209,7 +209,7 @@ void DecoderLayer::Backward(const LayerPass& pass, const LayerActivations& saved
   const std::vector<LoraModule>& two = gate_up_.modules();
   const bool summed = all_adapted && down.dropout.empty() &&
                       kernels_.SwiGluBackwardSums(down.dx, saved.gate_up, saved.gate_up_lora, down.d, gate_up_.scale(), two[0].b_gradient, two[1].b_gradient,
-                                                  down_.modules()[0].a_gradient);
+                                                  down_.modules()[0].a_gradient, /*room=*/pass.scratch.Get(Scratch::kQkvGradient, tokens, heads_.row_size()));
   if (summed) {
     adapters_of(down_, down, dhidden, at::Tensor(), saved.down_lora, LoraLinear::Missing::kB);
   } else if (down_.lora_columns() > 0) {

@@ -133,14 +133,17 @@ class CudaKernels final : public Kernels {
   }
 
   bool SwiGluBackwardSums(const at::Tensor& dout, const at::Tensor& gate_up, const at::Tensor& lora, const at::Tensor& d, double scale,
-                          const at::Tensor& db_gate, const at::Tensor& db_up, const at::Tensor& da) override {
+                          const at::Tensor& db_gate, const at::Tensor& db_up, const at::Tensor& da, const at::Tensor& room) override {
     const int64_t rows = dout.size(0), columns = dout.size(1), rank = d.size(1);
     const at::ScalarType type = dout.scalar_type();
     const Matrix o = MatrixOf(dout, type, rows, columns), both = MatrixOf(gate_up, type, rows, 2 * columns);
     const Matrix l = MatrixOf(lora, type, rows, 2 * rank), of_d = MatrixOf(d, type, rows, rank);
     if (!SwiGluBackwardSumsServes(TypeOf(dout), rows, columns, rank, o, both, l, of_d)) return false;
-    const at::Tensor partial = at::empty({SwiGluSumsElements(rows, columns)}, dout.options().dtype(at::kFloat));
-    cuda::SwiGluBackwardSums(TypeOf(dout), rows, columns, o, both, l, of_d, static_cast<float>(scale), partial.data_ptr<float>(),
+    const int64_t elements = SwiGluSumsElements(rows, columns);
+    const bool fits =
+        room.defined() && room.is_contiguous() && static_cast<int64_t>(room.nbytes()) >= elements * 4 && reinterpret_cast<uintptr_t>(room.data_ptr()) % 16 == 0;
+    const at::Tensor partial = fits ? room : at::empty({elements}, dout.options().dtype(at::kFloat));
+    cuda::SwiGluBackwardSums(TypeOf(dout), rows, columns, o, both, l, of_d, static_cast<float>(scale), static_cast<float*>(partial.data_ptr()),
                              Flat<float>(db_gate, columns * rank), Flat<float>(db_up, columns * rank), Flat<float>(da, columns * rank), Stream());
     return true;
   }
