@@ -13,6 +13,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "common/base/logging.h"
 #include "common/base/status.h"
 #include "common/net/channel.h"
@@ -23,6 +25,7 @@ namespace ppft::agent {
 namespace {
 
 constexpr absl::Duration kTransferTimeout = absl::Minutes(30);
+constexpr absl::Duration kLockPatience = absl::Seconds(2);
 constexpr int64_t kChunkBytes = 1 << 20;
 
 std::string RandomIncarnation() {
@@ -66,7 +69,11 @@ absl::Status Agent::Run() {
   const std::string lock_path = JoinPath(options_.work_directory, "lock");
   lock_ = Fd(open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
   if (!lock_) return ErrnoStatus(errno, lock_path);
-  if (flock(lock_.get(), LOCK_EX | LOCK_NB) != 0) {
+  // One that was just killed may hold it for another moment.
+  bool locked = flock(lock_.get(), LOCK_EX | LOCK_NB) == 0;
+  for (absl::Time end = absl::Now() + kLockPatience; !locked && absl::Now() < end; locked = flock(lock_.get(), LOCK_EX | LOCK_NB) == 0)
+    absl::SleepFor(absl::Milliseconds(20));
+  if (!locked) {
     return absl::FailedPreconditionError(
         absl::StrCat("--work_dir ", options_.work_directory, " is in use by another ppft-worker: stop it or choose another folder"));
   }
