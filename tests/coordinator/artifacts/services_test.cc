@@ -15,6 +15,7 @@
 #include "absl/time/time.h"
 #include "common/base/files.h"
 #include "common/base/sha256.h"
+#include "common/base/status.h"
 #include "common/model/peft.h"
 #include "common/net/status.h"
 #include "coordinator/artifacts/artifacts.h"
@@ -615,7 +616,12 @@ TEST_F(ServicesTest, AJobWithoutAFinalModelIsToldByItsCheckpoints) {
   };
   EXPECT_THAT(answer(), HasSubstr("it is CANCELLED and has no checkpoint"));
   ASSERT_TRUE(controller_
-                  ->Run([](JobStore& store) {
+                  ->Run([](JobStore& store) -> absl::Status {
+                    v1::JobRecord record;
+                    record.mutable_job()->set_id(kCancelledJob);
+                    record.mutable_job()->mutable_status()->set_state(v1::JOB_STATE_CANCELLED);
+                    record.mutable_job()->mutable_status()->set_attempt_epoch(1);
+                    PPFT_RETURN_IF_ERROR(store.InsertJob(record));
                     v1::CheckpointManifest checkpoint;
                     checkpoint.set_job_id(kCancelledJob);
                     checkpoint.mutable_state()->set_step(3);
