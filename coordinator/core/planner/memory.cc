@@ -11,9 +11,11 @@ namespace {
 constexpr int64_t kMiB = int64_t{1} << 20;
 // A process with LibTorch loaded.
 constexpr int64_t kCpuRuntimeBytes = 192 * kMiB;
-// A CUDA context with the kernels of LibTorch, cuBLAS and cuDNN; buffers of one NCCL communicator. Neither passes through LibTorch's allocator.
-constexpr int64_t kCudaRuntimeBytes = 640 * kMiB;
-constexpr int64_t kNcclBytes = 128 * kMiB;
+// What does not pass through LibTorch's allocator, as found on H200s: a CUDA context with the kernels of LibTorch, cuBLAS and cuDNN; NCCL's kernels, where
+// there is a communicator; each communicator's buffers.
+constexpr int64_t kCudaRuntimeBytes = 728 * kMiB;
+constexpr int64_t kNcclKernelBytes = 492 * kMiB;
+constexpr int64_t kNcclBytes = 316 * kMiB;
 // cuBLAS's on a Hopper; smaller elsewhere.
 constexpr int64_t kCublasWorkspaceBytes = 32 * kMiB;
 // What rounding of blocks and gaps between them add to what tensors hold: 1 to 3 % measured.
@@ -36,7 +38,7 @@ std::map<int, int> PeakByStage(const pipeline::Program& program) {
 int64_t NcclBytes(const RankMemoryInput& input) {
   int64_t communicators = input.options.replicas > 1 ? 1 : 0;
   for (const pipeline::ChannelUse& use : input.simulation.channels) communicators += use.from == input.pipeline_rank || use.to == input.pipeline_rank ? 1 : 0;
-  return communicators * kNcclBytes;
+  return communicators == 0 ? 0 : kNcclKernelBytes + communicators * kNcclBytes;
 }
 
 int64_t TransferBytes(const RankMemoryInput& input) {
