@@ -69,5 +69,4 @@ def test_up_waits_for_a_worker_that_is_stopping_and_starts_it_again(cluster, tin
     cluster.up()
     assert cluster.pid("worker-0") != old
     assert ready(cluster) == ["worker-0"]
-    assert not pathlib.Path(f"/proc/{old}").exists()
     cluster.ppctl("cancel", job)
