@@ -165,7 +165,7 @@ absl::Status Trainer::TrainStep(int64_t step) {
   PPFT_ASSIGN_OR_RETURN(const StepSums sums, GatherSums());
   const absl::Status finite = CheckFinite(sums, step_plan);
   const bool skipped = !finite.ok();
-  if (skipped && !scaler_.active()) return finite;
+  if (skipped && !scaler_.active()) return FoundByAll(finite);
   double squares = 0;
   for (const double square : sums.squares) squares += square;
   const double grad_norm = std::sqrt(squares) / scale;
@@ -236,6 +236,12 @@ absl::Status Trainer::CheckFinite(const StepSums& sums, const data::StepPlan& st
         "NUMERIC_DIVERGENCE", "USER", kRemedy);
   }
   return absl::OkStatus();
+}
+
+absl::Status Trainer::FoundByAll(absl::Status failure) {
+  const double nothing = 0;
+  [[maybe_unused]] const absl::Status ignored = world_->AllGather(absl::MakeConstSpan(&nothing, 1), std::vector<int64_t>(plan().ranks.size(), 1)).status();
+  return failure;
 }
 
 void Trainer::NoteSkipped(int64_t step, double scale, const absl::Status& reason) {
@@ -312,8 +318,9 @@ absl::Status Trainer::Evaluate(int64_t step, bool* new_best, std::optional<doubl
     activity_.AddSpan(std::move(span));
   }
   if (!std::isfinite(loss)) {
-    return WithReason(absl::OutOfRangeError(absl::StrCat("the evaluation loss after step ", step, " is not finite (stage ", plan().stages.size() - 1, ")")),
-                      "NUMERIC_DIVERGENCE", "USER", "lower training.learning_rate or look for damaged evaluation rows");
+    return FoundByAll(
+        WithReason(absl::OutOfRangeError(absl::StrCat("the evaluation loss after step ", step, " is not finite (stage ", plan().stages.size() - 1, ")")),
+                   "NUMERIC_DIVERGENCE", "USER", "lower training.learning_rate or look for damaged evaluation rows"));
   }
   state_.last_eval_step = step;
   *eval_loss = loss;

@@ -87,6 +87,8 @@ class Trainer {
   absl::StatusOr<StepSums> GatherSums();
   // NUMERIC_DIVERGENCE that names the loss or the first parameter whose gradient is not finite; OK if all are.
   absl::Status CheckFinite(const StepSums& sums, const data::StepPlan& plan) const;
+  // A failure that every rank finds in the same sums. They meet once more, so that none takes its links down before the others have read those sums.
+  absl::Status FoundByAll(absl::Status failure);
   void ReportStep(const data::StepPlan& plan, double loss, double learning_rate, double grad_norm, bool skipped);
   void NoteSkipped(int64_t step, double scale, const absl::Status& reason);
 
