@@ -20,7 +20,7 @@ def test_clang_format_would_change_nothing():
 def test_buf_lint_is_clean():
     buf = ROOT / ".deps/npm/node_modules/.bin/buf"
     assert buf.exists() or shutil.which("buf"), "buf is missing: run deploy/setup --oracle"
-    run = subprocess.run([buf if buf.exists() else "buf", "lint"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([buf if buf.exists() else "buf", "lint"], cwd=ROOT / "proto", capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
