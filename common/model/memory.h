@@ -40,7 +40,7 @@ struct StageMemoryOptions {
 // Rows of logits at a time in the trainer: on a CPU they have to stay in cache, a GPU wants to be filled.
 inline constexpr int64_t kCpuHeadRows = 256;
 inline constexpr int64_t kCudaHeadRows = 2048;
-inline constexpr int64_t kCudaSmallHeadRows = 1024;  // with full checkpointing
+inline constexpr int64_t kCudaSmallHeadRows = 1024;  // with full checkpointing: no more than SwiGLU's output takes
 // A GPU's passes over micro-batches of up to so many tokens are captured, and what they allocate for a while comes from a pool of their own.
 inline constexpr int64_t kMostCapturedTokens = 32768;
 

@@ -18,6 +18,14 @@
 
 namespace ppft::coordinator {
 
+inline v1::RankKey Key(const std::string& job, int64_t epoch, int rank) {
+  v1::RankKey key;
+  key.set_job_id(job);
+  key.set_epoch(epoch);
+  key.set_rank(rank);
+  return key;
+}
+
 class FakeWorker {
  public:
   FakeWorker(const std::string& server, std::string name, std::string incarnation, int devices = 1, std::string problem = "")

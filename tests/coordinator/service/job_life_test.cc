@@ -16,14 +16,6 @@ namespace {
 using testing::ElementsAre;
 using testing::HasSubstr;
 
-v1::RankKey Key(const std::string& job, int64_t epoch, int rank) {
-  v1::RankKey key;
-  key.set_job_id(job);
-  key.set_epoch(epoch);
-  key.set_rank(rank);
-  return key;
-}
-
 v1::TrainerReport Step(int64_t step, double loss = 1) {
   v1::TrainerReport report;
   report.mutable_step()->mutable_row()->set_step(step);

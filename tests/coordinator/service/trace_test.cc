@@ -11,14 +11,6 @@ namespace {
 
 using testing::HasSubstr;
 
-v1::RankKey Key(const std::string& job, int64_t epoch, int rank) {
-  v1::RankKey key;
-  key.set_job_id(job);
-  key.set_epoch(epoch);
-  key.set_rank(rank);
-  return key;
-}
-
 struct Answer {
   grpc::Status status;
   std::vector<v1::TraceJobResponse> parts;

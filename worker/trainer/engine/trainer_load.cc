@@ -28,9 +28,6 @@ namespace {
 // Peers load their stages before they answer.
 constexpr absl::Duration kPeersLoad = absl::Minutes(10);
 
-// Of logits at a time: enough to fill a GPU. Where memory counts they need no more than SwiGLU's output does.
-constexpr int64_t kDeviceHeadRows = 2048;
-constexpr int64_t kSmallHeadRows = 1024;
 // Micro-batches of up to so many tokens are padded to one of a few shapes.
 constexpr int64_t kMostPaddedTokens = 2048;
 constexpr int64_t kLeastTokenMultiple = 64;
@@ -95,7 +92,7 @@ StageOptions Trainer::OptionsOf(int stage) const {
   if (cuda_ != nullptr) {
     options.device = at::Device(at::kCUDA, 0);
     options.kernels = &cuda_->KernelsOf(0);
-    options.head_chunk_rows = checkpointing_ == Checkpointing::kFull ? kSmallHeadRows : kDeviceHeadRows;
+    options.head_chunk_rows = checkpointing_ == Checkpointing::kFull ? model::kCudaSmallHeadRows : model::kCudaHeadRows;
     options.least_tokens = plan().microbatch_tokens;
     // The host cannot launch small micro-batches as fast as a GPU does them: few shapes, captured. Padding large ones would cost more than it gains.
     if (plan().microbatch_tokens <= kMostPaddedTokens) {
