@@ -81,14 +81,14 @@ RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, i
                    "look at the job's log; the cause lies in the job's data or settings, another attempt would fail again");
     return decision;
   }
-  const int restarts = state.restarts_since_checkpoint() + 1;
+  const int restarts = state.restarts() + 1;
   if (restarts > max_restarts) {
     decision.reason.set_message(absl::StrCat(failure.reason.message(), " (after ", max_restarts, " restarts without a new checkpoint)"));
     decision.reason.set_remedy("repair the cause, then submit again; limits.max_restarts sets how often a job restarts by itself");
     return decision;
   }
   decision.restart = true;
-  decision.state.set_restarts_since_checkpoint(restarts);
+  decision.state.set_restarts(restarts);
   if (restarts >= 2) decision.delay = std::min(kLongestDelay, kFirstDelay * (int64_t{1} << std::min(restarts - 2, 10)));
   return decision;
 }
