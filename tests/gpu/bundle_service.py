@@ -13,17 +13,18 @@ class ServiceError(Exception):
 class Service:
     """Ended by down(). `folder` holds bin/; everything that the service writes lies below `work`."""
 
-    def __init__(self, folder, work, models, devices, deterministic=False):
+    def __init__(self, folder, work, models, devices, deterministic=False, second_worker=""):
+        """`second_worker`: what CUDA_VISIBLE_DEVICES is for a second worker on this machine, e.g. "1,0": the same two GPUs, the other way round."""
         self.bin, self.work, self.models, self.devices, self.deterministic = os.path.join(folder, "bin"), work, models, devices, deterministic
-        self.worker = None
+        self.worker, self.second_worker = None, second_worker
         self.processes, self.environment = [], dict(os.environ)
         # NVLink multicast stays off: on shared machines it can put the host's GPUs out of service.
         for name, value in (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"), ("NVSHMEM_DISABLE_NVLS", "1")):
             self.environment.setdefault(name, value)
 
-    def start(self, name, command):
+    def start(self, name, command, **environment):
         with open(os.path.join(self.work, name + ".log"), "w") as log:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=self.environment, text=True)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=dict(self.environment, **environment), text=True)
         self.processes.append(process)
         return process
 
@@ -37,19 +38,23 @@ class Service:
         self.environment["PPCTL_SERVER"] = address.group(1)
 
     def start_worker(self):
-        """Returns when the coordinator lists the worker's devices: the list of workers."""
-        command = [f"{self.bin}/ppft-worker", "--coordinator", self.environment["PPCTL_SERVER"], "--devices", self.devices, "--name", "bench", "--work_dir",
-                   f"{self.work}/worker", *(["--deterministic"] if self.deterministic else [])]
-        self.worker = self.start("worker", command)
+        """Returns when the coordinator lists the workers' devices: the list of workers."""
+        self.worker = self.start("worker", self.worker_command("bench", "worker"))
+        if self.second_worker:
+            self.start("worker-2", self.worker_command("bench-2", "worker-2"), CUDA_VISIBLE_DEVICES=self.second_worker)
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             if self.worker.poll() is not None:
                 raise ServiceError("the worker ended: " + tail(f"{self.work}/worker.log"))
             workers = self.workers()
-            if any(device for worker in workers for device in worker.get("devices", [])):
+            if sum(1 for worker in workers if worker.get("devices")) == (2 if self.second_worker else 1):
                 return workers
             time.sleep(0.05)
         raise ServiceError("the worker did not come up: " + tail(f"{self.work}/worker.log"))
+
+    def worker_command(self, name, folder):
+        return [f"{self.bin}/ppft-worker", "--coordinator", self.environment["PPCTL_SERVER"], "--devices", self.devices, "--name", name, "--work_dir",
+                f"{self.work}/{folder}", "--metrics_listen", "127.0.0.1:0", *(["--deterministic"] if self.deterministic else [])]
 
     def up(self):
         self.start_coordinator()
