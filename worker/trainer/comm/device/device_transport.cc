@@ -20,7 +20,8 @@ namespace ppft::trainer {
 namespace {
 
 constexpr std::chrono::milliseconds kWatchInterval(100);
-constexpr int64_t kIdPass = -1;  // of the messages that carry ids; programs count from 1
+constexpr int64_t kIdPass = -1;       // of the messages that carry ids; programs count from 1
+constexpr size_t kMostSendsHeld = 3;  // messages of a lane: one under way, one that waits, one that has just been made
 
 // Links are made in this order on every rank, so that no two ranks wait for each other.
 auto OrderOf(const DeviceLink& link) { return std::make_tuple(link.channel, std::min(link.from, link.to), std::max(link.from, link.to), link.from); }
@@ -68,6 +69,8 @@ class DeviceTransportImpl final : public DeviceTransport {
   absl::StatusOr<Lane*> Find(Channel channel, int from, int to);
   void Queue(Lane* lane, Posted posted);
   static void Forget(Lane* lane);
+  // The current stream goes on after that operation, and so does whatever gets its memory next.
+  static void Pass(Lane* lane, uint64_t operation);
   // Runs what may throw. The first cause, where there is one, instead of its consequence.
   template <typename Body>
   absl::Status Guarded(int peer, Body&& body);
@@ -204,6 +207,11 @@ void DeviceTransportImpl::Forget(Lane* lane) {
   while (!lane->under_way.empty() && lane->comm->Done(lane->under_way.front().operation)) lane->under_way.pop_front();
 }
 
+void DeviceTransportImpl::Pass(Lane* lane, uint64_t operation) {
+  lane->comm->WaitOnStream(operation);
+  while (!lane->under_way.empty() && lane->under_way.front().operation <= operation) lane->under_way.pop_front();
+}
+
 void DeviceTransportImpl::Queue(Lane* lane, Posted posted) {
   Forget(lane);
   const uint64_t operation = lane->comm->Receive(posted.buffer.data, posted.buffer.bytes, /*member=*/0);
@@ -246,6 +254,9 @@ absl::Status DeviceTransportImpl::Send(int peer, Channel channel, const Tag& tag
   }
   return Guarded(peer, [&] {
     Forget(lane);
+    // The host is far ahead of the device: without this all messages of a step would be held at once. The program is free of deadlock even where a send
+    // waits for its receive (common/pipeline/lowering.h), so the stream may wait for an older one.
+    if (lane->under_way.size() >= kMostSendsHeld) Pass(lane, lane->under_way[lane->under_way.size() - kMostSendsHeld].operation);
     const uint64_t operation = lane->comm->Send(buffer.data, buffer.bytes, /*member=*/1);
     lane->under_way.push_back({operation, std::move(buffer.owner)});
   });
@@ -265,7 +276,7 @@ absl::Status DeviceTransportImpl::Wait(Ticket ticket) {
     }
     const auto found = queued_.find(ticket);
     if (found == queued_.end()) throw std::runtime_error("waiting for a receive that was not posted");
-    found->second.first->comm->WaitOnStream(found->second.second);
+    Pass(found->second.first, found->second.second);
     queued_.erase(found);
   });
 }
