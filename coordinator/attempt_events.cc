@@ -78,7 +78,7 @@ void JobController::OnFailure(JobEntry& job, const Failure& failure) {
 
 // The attempt is given up for this cause; perhaps the job with it.
 void JobController::Fail(JobEntry& job, const Failure& failure) {
-  RetryDecision decision = DecideRetry(job.record.retry(), failure, job.record.job().spec().limits().max_restarts());
+  RetryDecision decision = DecideRetry(job.record.retry(), failure, job.record.resume_step(), job.record.job().spec().limits().max_restarts());
   if (decision.restart && !decision.pause && decision.delay > absl::ZeroDuration()) {
     decision.state.set_not_before_unix_ms(now_unix_ms() + absl::ToInt64Milliseconds(decision.delay));
   }

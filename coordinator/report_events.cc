@@ -166,7 +166,7 @@ void JobController::CommitCheckpoint(JobEntry& job, v1::CheckpointManifest manif
   while (!job.checkpoints.empty() && job.checkpoints.back().state().step() >= step) job.checkpoints.pop_back();
   job.checkpoints.push_back(std::move(manifest));
   status.set_checkpoint_step(step);
-  job.record.mutable_retry()->set_restarts(0);
+  job.record.mutable_retry()->set_restarts_since_checkpoint(0);
   job.disk_pauses = 0;
   job.changed = true;
 

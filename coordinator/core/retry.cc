@@ -56,7 +56,7 @@ Failure FailureOf(const v1::Exited& report, int32_t rank, const std::string& wor
   return failure;
 }
 
-RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, int max_restarts) {
+RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, int64_t resume_step, int max_restarts) {
   RetryDecision decision;
   decision.reason = failure.reason;
   decision.state = state;
@@ -66,6 +66,10 @@ RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, i
   decision.state.set_same_failures_in_a_row(!failure.deterministic ? 0 : same ? state.same_failures_in_a_row() + 1 : 1);
   decision.state.set_not_before_unix_ms(0);
   if (failure.reason.owner() == "USER") return decision;
+  if (failure.costs_checkpoint) {
+    decision.restart = true;
+    return decision;
+  }
   if (!failure.worker.empty()) {
     int32_t& count = (*decision.state.mutable_failures_by_worker())[failure.worker];
     if (++count == kExcludingFailures) decision.excluded = failure.worker;
@@ -81,15 +85,19 @@ RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, i
                    "look at the job's log; the cause lies in the job's data or settings, another attempt would fail again");
     return decision;
   }
-  const int restarts = state.restarts() + 1;
+  const bool good = failure.step - resume_step >= kGoodSteps;
+  const int restarts = (good ? 0 : state.restarts()) + 1;
   if (restarts > max_restarts) {
-    decision.reason.set_message(absl::StrCat(failure.reason.message(), " (after ", max_restarts, " restarts without a new checkpoint)"));
+    decision.reason.set_message(
+        absl::StrCat(failure.reason.message(), " (after ", max_restarts, " restarts without ", kGoodSteps, " good steps in between)"));
     decision.reason.set_remedy("repair the cause, then submit again; limits.max_restarts sets how often a job restarts by itself");
     return decision;
   }
   decision.restart = true;
   decision.state.set_restarts(restarts);
-  if (restarts >= 2) decision.delay = std::min(kLongestDelay, kFirstDelay * (int64_t{1} << std::min(restarts - 2, 10)));
+  const int in_a_row = state.restarts_since_checkpoint() + 1;
+  decision.state.set_restarts_since_checkpoint(in_a_row);
+  if (in_a_row >= 2) decision.delay = std::min(kLongestDelay, kFirstDelay * (int64_t{1} << std::min(in_a_row - 2, 10)));
   return decision;
 }
 

@@ -23,6 +23,7 @@ struct Failure {
   int32_t rank = -1;   // who reported it; -1: the coordinator saw it
   int32_t peer = -1;   // a broken link: the rank that was lost; -1: not known
   bool exit = false;   // the agent's word about a trainer that ended, not the trainer's own
+  bool costs_checkpoint = false;  // it took a checkpoint away, of which there are only so many: the budget stays
   std::string worker;  // whom it is counted against; "" = the worker of `rank`
 
   static constexpr int kBrokenLink = 1;
@@ -44,10 +45,14 @@ struct RetryDecision {
   std::string excluded;  // the worker that this failure excludes from the job; "" = none
 };
 
-// Errors of the user end the job. A full disk is the operator's: the job pauses. Others restart it, up to `max_restarts` times without a new checkpoint in
-// between: at once the first time, then after 0.5 s, 1 s, 2 s … 30 s. A deterministic failure at one step three times in a row is the job's own:
-// POISON_STEP. The failure counts against `failure.worker`; a worker that failed the job twice is excluded.
-RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, int max_restarts);
+// So many steps of an attempt refill the budget of restarts.
+constexpr int64_t kGoodSteps = 1000;
+
+// Errors of the user end the job. A full disk is the operator's: the job pauses. Others restart it, up to `max_restarts` times without an attempt of
+// kGoodSteps steps in between: at once the first time after a checkpoint, then after 0.5 s, 1 s, 2 s … 30 s. A deterministic failure at one step three times
+// in a row is the job's own: POISON_STEP. The failure counts against `failure.worker`; a worker that failed the job twice is excluded. `resume_step`: where
+// the attempt began.
+RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, int64_t resume_step, int max_restarts);
 
 // Workers that failed the job twice, by name: it goes elsewhere while others can take it (queue.h).
 std::vector<std::string> ExcludedWorkers(const v1::RetryState& state);

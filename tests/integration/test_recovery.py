@@ -21,7 +21,7 @@ def cluster(tmp_path, tiny):
 
 def long_spec(model, directory):
     return make_spec(model, write_rows(directory / "train.jsonl", short_rows(64)), adapter={"lora_dropout": 0.1}, data={"shuffle": True},
-                     training={"max_steps": STEPS, "gradient_accumulation_steps": 2, "learning_rate": 0.0005, "logging_steps": 5}, checkpoint={"save_steps": 20}, limits={"max_restarts": 10})
+                     training={"max_steps": STEPS, "gradient_accumulation_steps": 2, "learning_rate": 0.0005, "logging_steps": 5}, checkpoint={"save_steps": 20}, limits={"max_restarts": KILLS})
 
 
 @pytest.fixture(scope="module")

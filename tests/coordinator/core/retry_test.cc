@@ -22,7 +22,7 @@ TEST(Retry, DelaysGrowFromNothingToThirtySeconds) {
   v1::RetryState state;
   std::vector<double> seconds;
   for (int i = 0; i < 10; ++i) {
-    const RetryDecision decision = DecideRetry(state, Lost(), 100);
+    const RetryDecision decision = DecideRetry(state, Lost(), 0, 100);
     ASSERT_TRUE(decision.restart);
     seconds.push_back(absl::ToDoubleSeconds(decision.delay));
     state = decision.state;
@@ -32,19 +32,57 @@ TEST(Retry, DelaysGrowFromNothingToThirtySeconds) {
 
 TEST(Retry, TheBudgetEndsTheJobWithItsFirstCause) {
   v1::RetryState state;
-  for (int i = 0; i < 2; ++i) state = DecideRetry(state, Lost(), 2).state;
-  const RetryDecision decision = DecideRetry(state, Lost(), 2);
+  for (int i = 0; i < 2; ++i) state = DecideRetry(state, Lost(), 0, 2).state;
+  const RetryDecision decision = DecideRetry(state, Lost(), 0, 2);
   EXPECT_FALSE(decision.restart);
   EXPECT_EQ(decision.reason.code(), "WORKER_LOST");
   EXPECT_NE(decision.reason.message().find("2 restarts"), std::string::npos) << decision.reason.message();
 }
 
-TEST(Retry, NoRestartsAllowedMeansTheFirstFailureEndsIt) { EXPECT_FALSE(DecideRetry({}, Lost(), 0).restart); }
+TEST(Retry, AThousandGoodStepsRefillTheBudgetAndFewerDoNot) {
+  v1::RetryState state;
+  for (int i = 0; i < 2; ++i) state = DecideRetry(state, Lost(), 0, 2).state;
+  Failure failure = Lost();
+  failure.step = 1499;
+  EXPECT_FALSE(DecideRetry(state, failure, 500, 2).restart);
+  failure.step = 1500;
+  const RetryDecision refilled = DecideRetry(state, failure, 500, 2);
+  EXPECT_TRUE(refilled.restart);
+  EXPECT_EQ(refilled.state.restarts(), 1);
+}
+
+TEST(Retry, ANewCheckpointEndsTheDelayAndNotTheCount) {
+  v1::RetryState state;
+  for (int i = 0; i < 4; ++i) state = DecideRetry(state, Lost(), 0, 5).state;
+  state.set_restarts_since_checkpoint(0);
+  const RetryDecision fifth = DecideRetry(state, Lost(), 0, 5);
+  EXPECT_TRUE(fifth.restart);
+  EXPECT_EQ(fifth.delay, absl::ZeroDuration());
+  EXPECT_FALSE(DecideRetry(fifth.state, Lost(), 0, 5).restart);
+}
+
+TEST(Retry, ADamagedCheckpointCostsNoRestartAndNoWorkersGoodName) {
+  Failure failure{MakeReason("CHECKPOINT_CORRUPT", "a file of the checkpoint of step 40 is damaged"), 40};
+  failure.worker = "worker-0";
+  failure.costs_checkpoint = true;
+  v1::RetryState state;
+  for (int i = 0; i < 4; ++i) {
+    const RetryDecision decision = DecideRetry(state, failure, 40, 0);
+    ASSERT_TRUE(decision.restart);
+    EXPECT_FALSE(decision.pause);
+    EXPECT_EQ(decision.delay, absl::ZeroDuration());
+    state = decision.state;
+  }
+  EXPECT_EQ(state.restarts(), 0);
+  EXPECT_TRUE(ExcludedWorkers(state).empty());
+}
+
+TEST(Retry, NoRestartsAllowedMeansTheFirstFailureEndsIt) { EXPECT_FALSE(DecideRetry({}, Lost(), 0, 0).restart); }
 
 TEST(Retry, ErrorsOfTheUserNeverRestart) {
   v1::Failure report;
   *report.mutable_reason() = MakeReason("NUMERIC_DIVERGENCE", "the loss is NaN");
-  const RetryDecision decision = DecideRetry({}, FailureOf(report, 0, 5), 5);
+  const RetryDecision decision = DecideRetry({}, FailureOf(report, 0, 5), 0, 5);
   EXPECT_FALSE(decision.restart);
   EXPECT_EQ(decision.reason.code(), "NUMERIC_DIVERGENCE");
 }
@@ -52,11 +90,11 @@ TEST(Retry, ErrorsOfTheUserNeverRestart) {
 TEST(Retry, TheSameOwnErrorAtTheSameStepThreeTimesIsPoison) {
   v1::RetryState state;
   for (int i = 0; i < 2; ++i) {
-    const RetryDecision decision = DecideRetry(state, OwnError(40), 100);
+    const RetryDecision decision = DecideRetry(state, OwnError(40), 0, 100);
     ASSERT_TRUE(decision.restart) << "time " << i + 1;
     state = decision.state;
   }
-  const RetryDecision third = DecideRetry(state, OwnError(40), 100);
+  const RetryDecision third = DecideRetry(state, OwnError(40), 0, 100);
   EXPECT_FALSE(third.restart);
   EXPECT_EQ(third.reason.code(), "POISON_STEP");
   EXPECT_EQ(third.reason.owner(), "USER");
@@ -64,10 +102,10 @@ TEST(Retry, TheSameOwnErrorAtTheSameStepThreeTimesIsPoison) {
 
 TEST(Retry, AnotherStepOrAKillInBetweenBreaksTheRow) {
   for (const Failure& between : {OwnError(41), Lost()}) {
-    v1::RetryState state = DecideRetry({}, OwnError(40), 100).state;
-    state = DecideRetry(state, OwnError(40), 100).state;
-    state = DecideRetry(state, between, 100).state;
-    EXPECT_TRUE(DecideRetry(state, OwnError(40), 100).restart) << between.reason.code();
+    v1::RetryState state = DecideRetry({}, OwnError(40), 0, 100).state;
+    state = DecideRetry(state, OwnError(40), 0, 100).state;
+    state = DecideRetry(state, between, 0, 100).state;
+    EXPECT_TRUE(DecideRetry(state, OwnError(40), 0, 100).restart) << between.reason.code();
   }
 }
 
@@ -76,7 +114,7 @@ TEST(Retry, KillsAtOneStepAreNeverPoison) {
   killed.set_signal(SIGKILL);
   v1::RetryState state;
   for (int i = 0; i < 6; ++i) {
-    const RetryDecision decision = DecideRetry(state, FailureOf(killed, 0, "worker-0", 40), 100);
+    const RetryDecision decision = DecideRetry(state, FailureOf(killed, 0, "worker-0", 40), 0, 100);
     ASSERT_TRUE(decision.restart) << "kill " << i + 1;
     EXPECT_EQ(decision.reason.code(), "WORKER_CRASHED");
     state = decision.state;
@@ -118,12 +156,12 @@ TEST(Retry, AFullDiskPausesAndCostsNoRestart) {
   *report.mutable_reason() = MakeReason("DISK_FULL", "no room under --work_dir");
   v1::RetryState state;
   for (int i = 0; i < 20; ++i) {
-    const RetryDecision decision = DecideRetry(state, FailureOf(report, 0, 40), 1);
+    const RetryDecision decision = DecideRetry(state, FailureOf(report, 0, 40), 0, 1);
     ASSERT_TRUE(decision.restart && decision.pause) << "time " << i + 1;
     EXPECT_GT(decision.delay, absl::ZeroDuration());
     state = decision.state;
   }
-  EXPECT_TRUE(DecideRetry(state, Lost(), 1).restart) << "the budget is whole";
+  EXPECT_TRUE(DecideRetry(state, Lost(), 0, 1).restart) << "the budget is whole";
 }
 
 TEST(Retry, AWorkerThatFailsTheJobTwiceIsExcluded) {
@@ -136,7 +174,7 @@ TEST(Retry, AWorkerThatFailsTheJobTwiceIsExcluded) {
     const char* excluded;
   };
   for (const Row& row : {Row{by_one, ""}, Row{by_two, ""}, Row{by_one, "worker-1"}, Row{by_one, ""}, Row{by_two, "worker-2"}}) {
-    const RetryDecision decision = DecideRetry(state, row.failure, 100);
+    const RetryDecision decision = DecideRetry(state, row.failure, 0, 100);
     EXPECT_EQ(decision.excluded, row.excluded);
     state = decision.state;
   }
@@ -148,7 +186,7 @@ TEST(Retry, ErrorsOfTheUserCountAgainstNoWorker) {
   *report.mutable_reason() = MakeReason("NUMERIC_DIVERGENCE", "the loss is NaN");
   Failure failure = FailureOf(report, 0, 5);
   failure.worker = "worker-1";
-  EXPECT_EQ(DecideRetry({}, failure, 5).state.failures_by_worker_size(), 0);
+  EXPECT_EQ(DecideRetry({}, failure, 5).state.failures_by_worker_size(), 0, 0);
 }
 
 TEST(Retry, AFailureWithoutAReasonIsInfrastructure) {
