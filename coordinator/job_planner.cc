@@ -16,7 +16,8 @@ constexpr size_t kMaxRefusals = 256;
 // Everything that the answer depends on.
 std::string KeyOf(const PlanRequest& request, const std::string& model) {
   std::string key = absl::StrCat(model, "\n", request.total_steps, " ", request.supervised_ratio, " ", request.longest_row);
-  for (const PlanDevice& device : request.devices) absl::StrAppend(&key, "\n", device.worker, " ", device.id, " ", device.kind, " ", device.memory_bytes);
+  for (const PlanDevice& device : request.devices)
+    absl::StrAppend(&key, "\n", device.worker, " ", device.id, " ", device.kind, " ", device.memory_bytes, " ", device.deterministic);
   return absl::StrCat(key, "\n", request.spec.SerializeAsString());
 }
 
@@ -41,8 +42,8 @@ absl::StatusOr<PlanRequest> JobPlanner::RequestFor(const v1::JobRecord& record, 
   }
   request.longest_row = std::max(train.longest_row(), record.prepared().eval().longest_row());
   for (const OfferedDevice& offered : devices) {
-    request.devices.push_back(
-        PlanDevice{offered.worker, offered.device.id(), offered.device.kind(), offered.device.memory_bytes(), std::max(1, offered.device.threads())});
+    request.devices.push_back(PlanDevice{offered.worker, offered.device.id(), offered.device.kind(), offered.device.memory_bytes(),
+                                         std::max(1, offered.device.threads()), offered.device.deterministic()});
   }
   return request;
 }

@@ -81,6 +81,8 @@ std::map<std::string, std::string> WhatAutoCameTo(const v1::Job& job) {
       {"parallel.data_parallel_size", parallel.data_parallel_size() == 0, absl::StrCat(replicas)},
       {"parallel.schedule", parallel.schedule() == "auto", status.schedule()},
       {"parallel.activation_checkpointing", parallel.activation_checkpointing() == "auto", status.activation_checkpointing()},
+      {"parallel.merge_micro_batches", parallel.merge_micro_batches() == "auto" && status.microbatches_per_pass() > 0,
+       absl::StrCat(status.microbatches_per_pass(), " in a pass")},
       {"precision.compute", compute == "auto", spec::ComputeOn(compute, device.substr(0, device.find(':')))}};
   for (const auto& [field, is_auto, value] : fields) {
     if (is_auto && !value.empty()) comments[field] = absl::StrCat("planned: ", value);

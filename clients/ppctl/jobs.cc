@@ -66,6 +66,7 @@ void PrintJob(Context& context, const v1::Job& job) {
   if (status.checkpoint_step() > 0) add("checkpoint", absl::StrCat("step ", status.checkpoint_step()));
   if (status.restarts() > 0) add("restarts", absl::StrCat(status.restarts()));
   add("schedule", status.schedule());
+  if (status.microbatches_per_pass() > 1) add("micro-batches", absl::StrCat(status.microbatches_per_pass(), " in a pass"));
   for (const auto& at : status.assignment()) {
     add(absl::StrCat("stage ", at.stage()).c_str(),
         absl::StrCat(at.worker(), " ", at.device(), at.layers().empty() ? "" : absl::StrCat(", layers ", at.layers())));

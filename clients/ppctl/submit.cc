@@ -68,11 +68,19 @@ std::string MemoryTable(const v1::Plan& plan) {
   return FormatTable(rows);
 }
 
+// " in 1 pass": where micro-batches are merged.
+std::string Passes(const v1::Plan& plan) {
+  const int per_pass = plan.microbatches_per_pass();
+  if (per_pass <= 1) return "";
+  const int passes = (plan.num_microbatches() + per_pass - 1) / per_pass;
+  return passes == 1 ? " in 1 pass" : absl::StrCat(" in ", passes, " passes of up to ", per_pass);
+}
+
 void PrintPlan(Context& context, const v1::PlanJobResponse& response) {
   const v1::Plan& plan = response.plan();
   context.out() << "schedule " << (plan.schedule().empty() ? "-" : plan.schedule()) << ", " << plan.pipeline_parallel_size() << " pipeline stages x "
-                << plan.data_parallel_size() << " replicas, " << plan.num_microbatches() << " micro-batches of " << plan.microbatch_tokens() << " tokens, "
-                << absl::StrCat(static_cast<int>(plan.predicted_bubble_ratio() * 1000 + 0.5) / 10.0) << " % bubble predicted";
+                << plan.data_parallel_size() << " replicas, " << plan.num_microbatches() << " micro-batches of " << plan.microbatch_tokens() << " tokens"
+                << Passes(plan) << ", " << absl::StrCat(static_cast<int>(plan.predicted_bubble_ratio() * 1000 + 0.5) / 10.0) << " % bubble predicted";
   if (plan.total_steps() > 0) context.out() << ", " << plan.total_steps() << " steps";
   context.out() << "\ncompute " << (plan.compute().empty() ? "-" : plan.compute()) << ", activation checkpointing "
                 << (plan.activation_checkpointing().empty() ? "-" : plan.activation_checkpointing()) << ", ZeRO stage " << plan.zero_stage() << "\n\n";

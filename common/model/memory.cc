@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kAccBytes = 4;  // masters, gradients, moments and statistics are fp32
 // Parts of a layer that is shared out begin at whole words.
 constexpr int64_t kPartMultiple = 8;
-// The numbers of a micro-batch (ids, positions, targets) lie in one block whose parts begin at multiples of this.
+// The numbers of a pass (ids, positions, targets, what dropout draws from) lie in one block whose parts begin at multiples of this.
 constexpr int64_t kBlockAlignment = 256;
 // Rows that a product on a CPU makes at a time before they are copied.
 constexpr int64_t kCpuProductRows = 512;
@@ -59,9 +59,9 @@ Linears LinearsOf(const ModelConfig& config, const LoraShape& lora, const StageM
   return linears;
 }
 
-int64_t BlockBytes(int64_t tokens) {
+int64_t BlockBytes(int64_t tokens, bool dropout) {
   const auto part = [](int64_t bytes) { return (bytes + kBlockAlignment - 1) / kBlockAlignment * kBlockAlignment; };
-  return kBlockAlignment + 2 * part(4 * tokens) + 3 * part(8 * tokens);
+  return kBlockAlignment + 2 * part(4 * tokens) + 3 * part(8 * tokens) + (dropout ? part(16 * tokens) : 0);
 }
 
 int64_t RowSize(const ModelConfig& config) { return config.query_size() + 2 * config.key_value_size(); }
@@ -192,12 +192,12 @@ StageMemory MemoryOfStage(const ModelConfig& config, const LoraShape& lora, cons
   memory.gradients = (shared && options.zero_stage >= 2 ? part(parameters) + 2 * of_layer : parameters) * kAccBytes;
   memory.moments = 2 * (shared && options.zero_stage >= 1 ? part(parameters) : parameters) * kAccBytes;
 
-  memory.kept = stage.num_layers * ColumnsOf(config, linears, options.checkpointing).bytes(tokens, bytes) + BlockBytes(tokens);
+  memory.kept = stage.num_layers * ColumnsOf(config, linears, options.checkpointing).bytes(tokens, bytes) + BlockBytes(tokens, options.dropout);
   if (stage.has_head) memory.kept += options.targets * config.hidden_size * bytes;  // gradient of the hidden state
   if (options.checkpointing != ActivationCheckpointing::kNone || options.evaluates) {
     // The layer's input is the kept one where backward makes things again.
     memory.transient = ColumnsOf(config, linears, ActivationCheckpointing::kNone).bytes(tokens, bytes);
-    memory.transient += options.evaluates ? BlockBytes(tokens) : -tokens * config.hidden_size * bytes;
+    memory.transient += options.evaluates ? BlockBytes(tokens, options.dropout) : -tokens * config.hidden_size * bytes;
   }
   memory.scratch = ScratchBytes(config, linears, stage, options);
   memory.temporary = options.cuda ? CudaAttentionBytes(config, options) : CpuTemporaryBytes(config, linears, stage, options);

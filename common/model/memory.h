@@ -26,7 +26,7 @@ struct StageShape {
 struct StageMemoryOptions {
   bool cuda = false;
   int64_t compute_bytes = 4;     // of an element: fp32 4, bf16 and fp16 2
-  int64_t tokens = 0;            // of the largest micro-batch
+  int64_t tokens = 0;            // of the largest pass: of its micro-batches together
   int64_t targets = 0;           // of its tokens, those whose loss is taken, at most
   int64_t longest_document = 0;  // tokens
   int64_t head_rows = 256;       // rows of logits at a time
@@ -41,16 +41,16 @@ struct StageMemoryOptions {
 inline constexpr int64_t kCpuHeadRows = 256;
 inline constexpr int64_t kCudaHeadRows = 2048;
 inline constexpr int64_t kCudaSmallHeadRows = 1024;  // with full checkpointing: no more than SwiGLU's output takes
-// A GPU's passes over micro-batches of up to so many tokens are captured, and what they allocate for a while comes from a pool of their own.
+// A GPU's passes over up to so many tokens are captured, and what they allocate for a while comes from a pool of their own.
 inline constexpr int64_t kMostCapturedTokens = 32768;
 
-// Bytes. All but `kept` once per stage, whatever the number of micro-batches.
+// Bytes. All but `kept` once per stage, whatever the number of passes.
 struct StageMemory {
   int64_t weights = 0;    // frozen, with the adapters' columns ([W | sB]) and, shared out, the two buffers that layers are gathered into
   int64_t masters = 0;    // fp32, and the compute copies of A beside them
   int64_t gradients = 0;  // fp32; shared out: this replica's part and two layers' buffers
   int64_t moments = 0;    // fp32, two of AdamW
-  int64_t kept = 0;       // for backward, of one micro-batch of `tokens`
+  int64_t kept = 0;       // for backward, of one pass of `tokens`
   int64_t transient = 0;  // one layer's activations: what backward makes again, or a pass without a backward
   int64_t scratch = 0;    // buffers that all layers share, the logits' among them
   int64_t temporary = 0;  // of the largest operation: copies, gradients and workspace of attention; on a CPU also of the products

@@ -89,6 +89,7 @@ std::vector<Rule> MakeSchema() {
       {"parallel.zero_stage", Kind::kInt, "1", 0, 3},
       {"parallel.activation_checkpointing", Kind::kWord, "none", 0, 0, "none full selective auto"},
       {"parallel.cuda_graphs", Kind::kWord, "auto", 0, 0, "auto off", false, false, "", false, true},
+      {"parallel.merge_micro_batches", Kind::kWord, "auto", 0, 0, "auto off", false, false, "", false, true},
 
       {"evaluation.eval_steps", Kind::kInt, "100", 0, kSteps},
       {"evaluation.eval_on_start", Kind::kBool, "true"},

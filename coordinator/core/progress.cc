@@ -96,6 +96,7 @@ void ShowPlan(v1::JobStatus& status, const v1::Plan& plan) {
   }
   status.set_schedule(plan.schedule());
   status.set_activation_checkpointing(plan.activation_checkpointing());
+  status.set_microbatches_per_pass(std::max(1, plan.microbatches_per_pass()));
   status.set_total_steps(plan.total_steps());
 }
 

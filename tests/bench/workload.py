@@ -61,7 +61,8 @@ def step_flops(shape, lengths):
     return sum(lengths) * (4 * (linear + head) + 6 * adapter_weights(shape)) + 3 * attention
 
 
-def job_spec(name, model, rows, *, micro_batch, sequence, accumulate, steps, device, packing=False, stages=1, checkpointing="none", virtual_stages=1):
+def job_spec(name, model, rows, *, micro_batch, sequence, accumulate, steps, device, packing=False, stages=1, checkpointing="none", virtual_stages=1,
+             merge="auto"):
     return {
         "name": name,
         "model": {"base_model": model},
@@ -71,7 +72,7 @@ def job_spec(name, model, rows, *, micro_batch, sequence, accumulate, steps, dev
         "training": {"max_steps": steps, "micro_batch_size": micro_batch, "gradient_accumulation_steps": accumulate, "learning_rate": LEARNING_RATE,
                      "lr_scheduler": "constant", "logging_steps": 1},
         "precision": {"compute": "fp32" if device == "cpu" else "bf16"},
-        "parallel": {"pipeline_parallel_size": stages, "data_parallel_size": 1, "activation_checkpointing": checkpointing,
+        "parallel": {"pipeline_parallel_size": stages, "data_parallel_size": 1, "activation_checkpointing": checkpointing, "merge_micro_batches": merge,
                      **({"schedule": "interleaved_1f1b", "virtual_stages": virtual_stages} if virtual_stages > 1 else {})},
         "checkpoint": {"save_steps": 0},
         "output": {"verify": False},

@@ -5,15 +5,18 @@
 #include <ATen/ops/randint.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "tests/gpu/gpu.h"
 #include "tests/gpu/model.h"
+#include "tests/worker/trainer/merged_input.h"
 #include "worker/trainer/optim/adamw.h"
 
 namespace ppft::trainer {
@@ -82,6 +85,25 @@ class Pipeline {
 
   Trace Train() {
     for (int step = 1; step <= kSteps; ++step) Step(step);
+    return std::move(trace_);
+  }
+
+  // Loss and gradients of a step through one stage, `per_pass` micro-batches at a time; after a step that has moved the adapters away from zero.
+  Trace TrainMerged(size_t per_pass) {
+    Step(1);
+    trace_.clear();
+    std::vector<MicrobatchInput> inputs;
+    for (int m = 0; m < kMicrobatches; ++m) inputs.push_back(Input(2, m, ragged_ || m == 1));
+    stages_[0]->ZeroGradients();
+    stages_[0]->loss_total().zero_();
+    for (size_t begin = 0; begin < inputs.size(); begin += per_pass) {
+      const size_t end = std::min(inputs.size(), begin + per_pass);
+      const MicrobatchInput pass = MergedInput({inputs.begin() + static_cast<int64_t>(begin), inputs.begin() + static_cast<int64_t>(end)});
+      EXPECT_TRUE(stages_[0]->Forward(pass, at::Tensor(), true, nullptr).ok());
+      EXPECT_TRUE(stages_[0]->Backward(pass, at::Tensor()).ok());
+    }
+    Note("loss", stages_[0]->loss_total());
+    NoteParameters("gradient", &Parameter::gradient);
     return std::move(trace_);
   }
 
@@ -183,6 +205,25 @@ TEST_F(CudaLayoutTest, CapturedPassesToo) {
     const Trace plain = Pipeline(1, 0.0, ragged, at::kBFloat16).Train();
     EXPECT_EQ(FirstDifference(plain, Pipeline(1, 0.0, ragged, at::kBFloat16, /*capture=*/true).Train()), "") << "ragged " << ragged;
     EXPECT_EQ(FirstDifference(plain, Pipeline(2, 0.0, ragged, at::kBFloat16, /*capture=*/true).Train()), "") << "two stages, ragged " << ragged;
+  }
+}
+
+// The same sums in another order, and the same masks.
+TEST_F(CudaLayoutTest, MergedMicrobatchesGiveTheSameGradients) {
+  for (const auto& [type, tolerance] : {std::pair(at::kFloat, 2e-5), std::pair(at::kBFloat16, 0.05)}) {
+    for (const double dropout : {0.0, 0.1}) {
+      const Trace apart = Pipeline(1, dropout, true, type).TrainMerged(1);
+      for (const size_t per_pass : {size_t{3}, size_t{4}}) {
+        const Trace merged = Pipeline(1, dropout, true, type, /*capture=*/true).TrainMerged(per_pass);
+        ASSERT_EQ(merged.size(), apart.size());
+        for (size_t i = 0; i < apart.size(); ++i) {
+          const double largest = apart[i].value.abs().max().item<double>();
+          EXPECT_GT(largest, 0.0) << apart[i].name;
+          EXPECT_LT((merged[i].value - apart[i].value).abs().max().item<double>(), tolerance * largest)
+              << apart[i].name << ", " << per_pass << " in a pass, " << c10::toString(type) << ", dropout " << dropout;
+        }
+      }
+    }
   }
 }
 

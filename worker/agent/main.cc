@@ -86,7 +86,12 @@ int main(int argc, char** argv) {
   if (!ppft::PathExists(options.trainer_binary)) {
     return Fail(absl::InvalidArgumentError(absl::StrCat("there is no trainer at ", options.trainer_binary, ": give --trainer PATH")));
   }
-  const auto look = [&] { return ppft::agent::OfferHost(devices, threads_per_slot, options.trainer_binary); };
+  const auto look = [&] {
+    auto found = ppft::agent::OfferHost(devices, threads_per_slot, options.trainer_binary);
+    if (!found.ok()) return found;
+    for (ppft::v1::Device& device : found->devices) device.set_deterministic(deterministic && device.kind() == "cuda");
+    return found;
+  };
   absl::StatusOr<ppft::agent::HostOffer> offer = look();
   if (!offer.ok()) return Fail(offer.status());
   if (!nccl_interface.empty()) options.trainer_environment.push_back("NCCL_SOCKET_IFNAME=" + nccl_interface);

@@ -89,6 +89,7 @@ PlanSpec FromProto(const v1::Plan& plan) {
   out.total_steps = plan.total_steps();
   out.threads_per_rank = std::max(1, plan.threads_per_rank());
   out.microbatch_tokens = plan.microbatch_tokens();
+  out.microbatches_per_pass = std::max(1, plan.microbatches_per_pass());
   for (const v1::StagePlan& stage : plan.stages()) {
     out.stages.push_back({stage.stage(), stage.first_layer(), stage.num_layers(), stage.has_embedding(), stage.has_head()});
   }

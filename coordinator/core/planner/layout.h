@@ -30,6 +30,7 @@ struct Layout {
   int virtual_stages = 1;
   pipeline::ScheduleKind schedule = pipeline::ScheduleKind::k1F1B;
   int num_microbatches = 1;       // per step and replica
+  int microbatches_per_pass = 1;  // consecutive ones that go through the model together
   std::string compute;            // fp32 | bf16 | fp16
   int64_t microbatch_tokens = 0;  // capacity
   std::string checkpointing;      // none | selective | full
@@ -42,6 +43,7 @@ struct Layout {
   double head_layers = 0;                   // the head's cost in layers
 
   int num_ranks() const { return data_parallel_size * pipeline_size; }
+  int num_passes() const { return (num_microbatches + microbatches_per_pass - 1) / microbatches_per_pass; }
   int64_t largest_rank_bytes() const;
 };
 
@@ -53,8 +55,12 @@ std::vector<v1::Violation> CheckLayout(const v1::JobSpec& spec, const model::Mod
 // Pipeline sizes that `spec` allows, ascending: the one that it names, or, for auto, those up to `max_size` (at least one).
 std::vector<int> PipelineSizes(const v1::JobSpec& spec, const model::ModelConfig& config, int max_size);
 
-// The layout for one pipeline size on devices of `kind` (cpu | cuda). activation_checkpointing: auto counts as none here. INVALID_ARGUMENT when that size is
-// impossible (see CheckLayout).
-absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, absl::string_view kind, const DataFacts& facts);
+// Micro-batches of a step that gain by going through the model together, if the memory suffices: 1 where merging is off or gains nothing.
+int MostMicrobatchesPerPass(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, absl::string_view kind);
+
+// The layout for one pipeline size on devices of `kind` (cpu | cuda). activation_checkpointing: auto counts as none here. microbatches_per_pass: from 1 to the
+// micro-batches of a step and replica. INVALID_ARGUMENT when that size is impossible (see CheckLayout).
+absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, absl::string_view kind, const DataFacts& facts,
+                                  int microbatches_per_pass = 1);
 
 }  // namespace ppft::coordinator

@@ -10,10 +10,11 @@ namespace ppft::coordinator {
 // A device that may be leased now.
 struct PlanDevice {
   std::string worker;
-  std::string id;            // "cpu:0"
-  std::string kind;          // cpu | cuda
-  int64_t memory_bytes = 0;  // what a rank may use; 0 = not known, taken as enough
-  int32_t threads = 1;       // CPU: compute threads of the slot
+  std::string id;              // "cpu:0"
+  std::string kind;            // cpu | cuda
+  int64_t memory_bytes = 0;    // what a rank may use; 0 = not known, taken as enough
+  int32_t threads = 1;         // CPU: compute threads of the slot
+  bool deterministic = false;  // cuda: its worker promises the same bits in every layout
 };
 
 // By worker, then by number of the device ("cpu:2" before "cpu:10").

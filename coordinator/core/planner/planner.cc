@@ -47,21 +47,46 @@ bool FindsRoom(const Layout& layout, const std::vector<PlanDevice>& devices) {
   return static_cast<int>(WithMemory(devices, layout.largest_rank_bytes()).size()) >= layout.num_ranks();
 }
 
+// With the most micro-batches per pass, up to `most`, with which `fits`; with one where none does.
+absl::StatusOr<Layout> WidestLayout(int most, const std::function<absl::StatusOr<Layout>(int microbatches_per_pass)>& make,
+                                    const std::function<bool(const Layout&)>& fits) {
+  PPFT_ASSIGN_OR_RETURN(Layout widest, make(most));
+  if (most == 1 || fits(widest)) return widest;
+  PPFT_ASSIGN_OR_RETURN(widest, make(1));
+  if (!fits(widest)) return widest;
+  for (int high = most; high - widest.microbatches_per_pass > 1;) {
+    const int middle = (widest.microbatches_per_pass + high) / 2;
+    PPFT_ASSIGN_OR_RETURN(Layout layout, make(middle));
+    if (fits(layout)) {
+      widest = std::move(layout);
+    } else {
+      high = middle;
+    }
+  }
+  return widest;
+}
+
 // The smallest allowed pipeline whose ranks find room, there with the least recomputation; the smallest of all, as sparing as it may be, when none does.
-// With fewer devices than a pipeline needs, the largest device there is (of unknown size if there is none) decides about recomputation.
+// With fewer devices than a pipeline needs, the largest device there is (of unknown size if there is none) decides about recomputation. Micro-batches are
+// merged as far as the memory allows then.
 absl::StatusOr<Layout> ChooseLayout(const PlanRequest& request, absl::string_view kind, const std::vector<PlanDevice>& devices) {
   const int replicas = std::max(1, request.spec.parallel().data_parallel_size());
   const int most = static_cast<int>(devices.size()) / replicas;
   const std::vector<int> sizes = PipelineSizes(request.spec, request.config, most);
   v1::JobSpec spec = request.spec;
+  // One stage and two give the same bits on deterministic devices, and only one of them could merge.
+  const bool merges = std::none_of(devices.begin(), devices.end(), [](const PlanDevice& device) { return device.deterministic; });
+  const auto fits = [&](const Layout& layout) {
+    if (static_cast<int>(devices.size()) >= layout.num_ranks()) return FindsRoom(layout, devices);
+    return devices.empty() || !WithMemory(devices, layout.largest_rank_bytes()).empty();
+  };
   std::optional<Layout> fallback;
   for (const int size : sizes) {
     for (const model::ActivationCheckpointing checkpointing : CheckpointingsOf(request.spec)) {
       spec.mutable_parallel()->set_activation_checkpointing(std::string(model::WordOf(checkpointing)));
-      PPFT_ASSIGN_OR_RETURN(Layout layout, MakeLayout(spec, request.config, size, kind, FactsOf(request)));
-      const bool too_few = static_cast<int>(devices.size()) < layout.num_ranks();
-      if (FindsRoom(layout, devices)) return layout;
-      if (too_few && (devices.empty() || !WithMemory(devices, layout.largest_rank_bytes()).empty())) return layout;
+      const auto make = [&](int microbatches_per_pass) { return MakeLayout(spec, request.config, size, kind, FactsOf(request), microbatches_per_pass); };
+      PPFT_ASSIGN_OR_RETURN(Layout layout, WidestLayout(merges ? MostMicrobatchesPerPass(spec, request.config, size, kind) : 1, make, fits));
+      if (fits(layout)) return layout;
       if (size == sizes.front()) fallback = std::move(layout);
     }
   }
@@ -106,8 +131,9 @@ std::string Explain(const Layout& layout, const std::vector<PlanDevice>& chosen,
     absl::StrAppend(&text, ", ", layout.checkpointing, " activation checkpointing",
                     spec.parallel().activation_checkpointing() == "auto" ? " (the least that fits)" : "");
   }
-  absl::StrAppend(&text, ", ", ToString(layout.schedule), " over ", layout.num_microbatches, " micro-batches of ", layout.microbatch_tokens, " tokens in ",
-                  layout.compute, slow ? " (slow on CPUs: they have no fast products for it)" : "",
+  absl::StrAppend(&text, ", ", ToString(layout.schedule), " over ", layout.num_microbatches, " micro-batches of ", layout.microbatch_tokens, " tokens",
+                  layout.microbatches_per_pass > 1 ? absl::StrCat(", ", layout.microbatches_per_pass, " in a pass,") : "", " in ", layout.compute,
+                  slow ? " (slow on CPUs: they have no fast products for it)" : "",
                   absl::StrFormat(", predicted bubble %.1f %%", 100 * layout.simulation.bubble_ratio), "; a rank needs up to ",
                   FormatBytes(layout.largest_rank_bytes()));
   if (!chosen.empty()) {
@@ -132,6 +158,7 @@ v1::Plan FillPlan(const PlanRequest& request, const Layout& layout, const std::v
   plan.set_microbatch_tokens(layout.microbatch_tokens);
   plan.set_predicted_bubble_ratio(layout.simulation.bubble_ratio);
   plan.set_activation_checkpointing(layout.checkpointing);
+  plan.set_microbatches_per_pass(layout.microbatches_per_pass);
   plan.set_explanation(Explain(layout, chosen, request.spec));
   for (const v1::StagePlan& stage : layout.stages) *plan.add_stages() = stage;
   const pipeline::Mesh mesh{layout.data_parallel_size, layout.pipeline_size, layout.virtual_stages};
@@ -207,13 +234,15 @@ absl::Status CheckRanks(const v1::Plan& plan, const pipeline::Mesh& mesh) {
 }
 
 absl::Status DryRun(const v1::Plan& plan, const pipeline::Mesh& mesh, int replica) {
+  const int per_pass = std::max(1, plan.microbatches_per_pass());
   std::vector<pipeline::Program> programs;
   for (int rank : mesh.PipelineOf(replica)) {
     absl::StatusOr<pipeline::Program> program = pipeline::ParseProgram(plan.ranks(rank).program());
     if (!program.ok()) return Broken(absl::StrCat("rank ", rank, ": ", program.status().message()));
     programs.push_back(*std::move(program));
   }
-  absl::StatusOr<pipeline::Simulation> run = pipeline::Simulate(programs, {mesh.num_stages(), plan.num_microbatches()}, pipeline::RendezvousOptions());
+  absl::StatusOr<pipeline::Simulation> run =
+      pipeline::Simulate(programs, {mesh.num_stages(), (plan.num_microbatches() + per_pass - 1) / per_pass}, pipeline::RendezvousOptions());
   if (!run.ok()) return Broken(absl::StrCat("replica ", replica, ": ", run.status().message()));
   for (int p = 0; p < mesh.pipeline_size; ++p) {
     const int stated = plan.ranks(mesh.RankOf(replica, p)).peak_activations();
@@ -247,6 +276,9 @@ absl::StatusOr<v1::Plan> PlanJob(const PlanRequest& request) {
 absl::Status CheckPlan(const v1::Plan& plan, int64_t num_layers) {
   const pipeline::Mesh mesh{plan.data_parallel_size(), plan.pipeline_parallel_size(), plan.virtual_stages()};
   if (mesh.data_parallel_size < 1 || mesh.pipeline_size < 1 || mesh.virtual_stages < 1) return Broken("a size of the mesh is below 1");
+  if (plan.microbatches_per_pass() < 0 || plan.microbatches_per_pass() > plan.num_microbatches()) {
+    return Broken(absl::StrCat(plan.microbatches_per_pass(), " of ", plan.num_microbatches(), " micro-batches are merged"));
+  }
   PPFT_RETURN_IF_ERROR(CheckStages(plan, mesh, num_layers));
   PPFT_RETURN_IF_ERROR(CheckRanks(plan, mesh));
   for (int replica = 0; replica < mesh.data_parallel_size; ++replica) PPFT_RETURN_IF_ERROR(DryRun(plan, mesh, replica));

@@ -110,6 +110,7 @@ TEST_F(CommandsTest, GetTellsWhatAutoCameTo) {
   v1::ParallelSpec* parallel = job.mutable_spec()->mutable_parallel();
   parallel->set_schedule("auto");
   parallel->set_activation_checkpointing("none");
+  parallel->set_merge_micro_batches("auto");
   job.mutable_spec()->mutable_precision()->set_compute("auto");
   coordinator_.list = {job};
   EXPECT_THAT(Ppctl(coordinator_, {"get", "job-1", "-o", "yaml"}).out, Not(HasSubstr("planned"))) << "no plan yet";
@@ -121,12 +122,15 @@ TEST_F(CommandsTest, GetTellsWhatAutoCameTo) {
     assignment->set_device("cuda:1");
   }
   coordinator_.list[0].mutable_status()->set_schedule("1f1b");
+  coordinator_.list[0].mutable_status()->set_microbatches_per_pass(4);
   const std::string yaml = Ppctl(coordinator_, {"get", "job-1", "-o", "yaml"}).out;
   EXPECT_THAT(yaml, HasSubstr("    pipeline_parallel_size: auto  # planned: 3\n"));
   EXPECT_THAT(yaml, HasSubstr("    data_parallel_size: auto  # planned: 2\n"));
   EXPECT_THAT(yaml, HasSubstr("    schedule: auto  # planned: 1f1b\n"));
   EXPECT_THAT(yaml, HasSubstr("    compute: auto  # planned: bf16\n"));
   EXPECT_THAT(yaml, HasSubstr("    activation_checkpointing: none\n")) << "as it was asked";
+  EXPECT_THAT(yaml, HasSubstr("    merge_micro_batches: auto  # planned: 4 in a pass\n"));
+  EXPECT_THAT(Ppctl(coordinator_, {"get", "job-1"}).out, HasSubstr("4 in a pass"));
 }
 
 TEST_F(CommandsTest, AStateMayBeWrittenAsJsonWritesIt) {

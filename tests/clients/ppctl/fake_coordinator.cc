@@ -71,6 +71,9 @@ grpc::Status FakeCoordinator::PlanJob(grpc::ServerContext*, const v1::PlanJobReq
   plan->set_schedule("1f1b");
   plan->set_pipeline_parallel_size(2);
   plan->set_data_parallel_size(1);
+  plan->set_num_microbatches(8);
+  plan->set_microbatch_tokens(512);
+  plan->set_microbatches_per_pass(3);
   for (int i = 0; i < 2; ++i) {
     v1::StagePlan* stage = plan->add_stages();
     stage->set_stage(i);

@@ -85,9 +85,11 @@ TEST(Check, FindsEachWrongField) {
 TEST(Check, WhatOlderClientsLeaveEmptyMeansTheDefault) {
   v1::JobSpec spec = Good();
   spec.mutable_parallel()->clear_cuda_graphs();
+  spec.mutable_parallel()->clear_merge_micro_batches();
   EXPECT_TRUE(Check(spec).empty());
   FillNewerFields(&spec);
   EXPECT_EQ(spec.parallel().cuda_graphs(), "auto");
+  EXPECT_EQ(spec.parallel().merge_micro_batches(), "auto");
   spec.mutable_parallel()->set_cuda_graphs("off");
   FillNewerFields(&spec);
   EXPECT_EQ(spec.parallel().cuda_graphs(), "off") << "what is there stays";

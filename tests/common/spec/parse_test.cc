@@ -184,6 +184,7 @@ TEST(Parse, RefusesWithPlaceFieldAndRemedy) {
       {"parallel: {data_parallel_size: 0}", {"parallel.data_parallel_size: 0 is out of range: use a whole number from 1 to 1024 or auto"}},
       {"parallel: {zero_stage: 4}", {"parallel.zero_stage: 4 is out of range: use a whole number from 0 to 3"}},
       {"parallel: {activation_checkpointing: some}", {"activation_checkpointing: \"some\" is not known: use one of none, full, selective, auto"}},
+      {"parallel: {merge_micro_batches: on}", {"parallel.merge_micro_batches: \"on\" is not known: use one of auto, off"}},
       {"precision: {compute: fp8}", {"precision.compute: \"fp8\" is not known"}},
       {"precision: {compute: fp12}", {"precision.compute: \"fp12\" is not known; did you mean fp32?"}},
       {"precision: {loss_scale: 0}", {"loss_scale: 0 is out of range: use a number above 0 and at most 1e18 or dynamic"}},

@@ -170,6 +170,7 @@ TEST(PlannerTest, AutoTakesTheSmallestPipelineThatFits) {
   PlanRequest request{Spec(), Llama1B(), 10, Workers({4}, "cuda", 140 * kGiB)};
   request.spec.mutable_data()->set_sequence_len(2048);
   request.spec.mutable_training()->set_micro_batch_size(1);
+  request.spec.mutable_parallel()->set_merge_micro_batches("off");  // what is merged takes less where there is less
   EXPECT_EQ(PlanJob(request)->pipeline_parallel_size(), 1);
   const int64_t whole = PlanJob(request)->ranks(0).peak_bytes();
   request.devices = Workers({4}, "cuda", whole - 1);
@@ -416,6 +417,8 @@ TEST(CheckPlanTest, FindsEveryMutation) {
   const std::pair<const char*, std::function<void(v1::Plan&)>> mutations[] = {
       {"pipeline", [](v1::Plan& p) { p.set_pipeline_parallel_size(0); }},
       {"micro-batches", [](v1::Plan& p) { p.set_num_microbatches(9); }},
+      {"merged micro-batches", [](v1::Plan& p) { p.set_microbatches_per_pass(2); }},
+      {"more merged than there are", [](v1::Plan& p) { p.set_microbatches_per_pass(9); }},
       {"stages", [](v1::Plan& p) { p.mutable_stages()->RemoveLast(); }},
       {"layers", [](v1::Plan& p) { p.mutable_stages(0)->set_num_layers(2); }},
       {"last layers", [](v1::Plan& p) { p.mutable_stages(1)->set_num_layers(1); }},
@@ -511,6 +514,7 @@ TEST(Memory, MeasuredPeaksAreWithinATenth) {
     spec.mutable_training()->set_micro_batch_size(c.rows);
     spec.mutable_training()->set_gradient_accumulation_steps(c.microbatches);
     spec.mutable_parallel()->set_pipeline_parallel_size(c.pipeline_size);
+    spec.mutable_parallel()->set_merge_micro_batches("off");  // as it was measured
     const absl::StatusOr<v1::Plan> plan = PlanJob({spec, c.config, 10, Workers({2}, "cuda", 140 * kGiB)});
     ASSERT_TRUE(plan.ok()) << plan.status();
     for (size_t rank = 0; rank < c.gib.size(); ++rank) {
@@ -584,6 +588,103 @@ TEST(Checkpointing, AutoIsTheLeastThatFits) {
   request.spec.mutable_parallel()->set_pipeline_parallel_size(0);
   request.devices = Workers({4}, "cuda", selective - 1);
   EXPECT_EQ(PlanJob(request)->pipeline_parallel_size(), 1);
+}
+
+PlanRequest SmallMicrobatches(int rows, int length, int microbatches) {
+  PlanRequest request{Spec(), Llama1B(), 10, Workers({2}, "cuda", 140 * kGiB)};
+  request.spec.mutable_data()->set_sequence_len(length);
+  request.spec.mutable_training()->set_micro_batch_size(rows);
+  request.spec.mutable_training()->set_gradient_accumulation_steps(microbatches);
+  request.spec.mutable_parallel()->set_pipeline_parallel_size(1);
+  request.spec.mutable_parallel()->set_merge_micro_batches("auto");
+  return request;
+}
+
+int Merged(const PlanRequest& request) {
+  const absl::StatusOr<v1::Plan> plan = PlanJob(request);
+  EXPECT_TRUE(plan.ok()) << plan.status();
+  return plan.ok() ? plan->microbatches_per_pass() : -1;
+}
+
+TEST(Merging, FillsAPassAndNoMore) {
+  EXPECT_EQ(Merged(SmallMicrobatches(1, 512, 8)), 8);
+  EXPECT_EQ(Merged(SmallMicrobatches(1, 512, 3)), 3);
+  EXPECT_EQ(Merged(SmallMicrobatches(1, 512, 20)), 8);
+  EXPECT_EQ(Merged(SmallMicrobatches(2, 1024, 8)), 2);
+  EXPECT_EQ(Merged(SmallMicrobatches(1, 1366, 8)), 2);
+  EXPECT_EQ(Merged(SmallMicrobatches(1, 2049, 8)), 1);
+  EXPECT_EQ(Merged(SmallMicrobatches(1, 4096, 8)), 1);
+  EXPECT_EQ(Merged(SmallMicrobatches(8, 2048, 8)), 1);
+  EXPECT_EQ(Merged(SmallMicrobatches(1, 512, 1)), 1);
+}
+
+TEST(Merging, ProgramsAndCostsAreThoseOfThePasses) {
+  const v1::Plan ragged = *PlanJob(SmallMicrobatches(1, 512, 20)), whole = *PlanJob(SmallMicrobatches(8, 512, 3));
+  EXPECT_EQ(ragged.num_microbatches(), 20);
+  EXPECT_EQ(ragged.microbatch_tokens(), 512);
+  EXPECT_EQ(ragged.ranks(0).program(), "0F0 0B0 0F1 0B1 0F2 0B2");
+  EXPECT_EQ(whole.microbatches_per_pass(), 1);
+  EXPECT_EQ(ragged.ranks(0).program(), whole.ranks(0).program());
+  EXPECT_EQ(ragged.ranks(0).memory().SerializeAsString(), whole.ranks(0).memory().SerializeAsString());
+  EXPECT_EQ(ragged.stages(0).SerializeAsString(), whole.stages(0).SerializeAsString());
+  EXPECT_THAT(ragged.explanation(), HasSubstr("20 micro-batches of 512 tokens, 8 in a pass, in bf16"));
+  EXPECT_THAT(whole.explanation(), HasSubstr("3 micro-batches of 4096 tokens in bf16"));
+}
+
+TEST(Merging, StaysBelowTheMemory) {
+  const auto bytes = [](int merged) {
+    const absl::StatusOr<v1::Plan> plan = PlanJob(SmallMicrobatches(1, 512, merged));
+    EXPECT_EQ(plan->microbatches_per_pass(), merged);
+    return plan->ranks(0).peak_bytes();
+  };
+  PlanRequest request = SmallMicrobatches(1, 512, 8);
+  for (int merged = 1; merged <= 8; ++merged) {
+    request.devices = Workers({1}, "cuda", bytes(merged));
+    EXPECT_EQ(Merged(request), merged);
+    request.devices[0].memory_bytes -= 1;
+    if (merged > 1) {
+      EXPECT_EQ(Merged(request), merged - 1);
+    } else {
+      EXPECT_EQ(PlanJob(request).status().code(), absl::StatusCode::kResourceExhausted);
+      EXPECT_EQ(DraftPlan(request)->plan.microbatches_per_pass(), 1) << "the message counts with what needs least";
+    }
+  }
+  // Nothing is made again only to merge more.
+  request.spec.mutable_parallel()->set_activation_checkpointing("auto");
+  request.devices = Workers({1}, "cuda", bytes(1));
+  EXPECT_EQ(PlanJob(request)->activation_checkpointing(), "none");
+  EXPECT_EQ(Merged(request), 1);
+}
+
+TEST(Merging, IsForOneStageOnGpusThatMayRound) {
+  PlanRequest request = SmallMicrobatches(1, 512, 8);
+  request.spec.mutable_parallel()->clear_merge_micro_batches();
+  EXPECT_EQ(Merged(request), 8) << "jobs of before it was there are of one kind with auto";
+  request.spec.mutable_parallel()->set_merge_micro_batches("off");
+  EXPECT_EQ(Merged(request), 1);
+  request.spec.mutable_parallel()->set_merge_micro_batches("auto");
+  request.devices[1].deterministic = true;
+  EXPECT_EQ(Merged(request), 1);
+  request = SmallMicrobatches(1, 512, 8);
+  request.spec.mutable_parallel()->set_pipeline_parallel_size(2);
+  EXPECT_EQ(Merged(request), 1);
+  request = SmallMicrobatches(1, 512, 8);
+  request.devices = Workers({2}, "cpu", 0);
+  EXPECT_EQ(Merged(request), 1);
+}
+
+TEST(Merging, AllReplicasDoTheSame) {
+  for (int zero = 0; zero <= 3; ++zero) {
+    PlanRequest request = SmallMicrobatches(1, 512, 8);
+    request.spec.mutable_parallel()->set_data_parallel_size(2);
+    request.spec.mutable_parallel()->set_zero_stage(zero);
+    request.spec.mutable_training()->set_global_batch_size(12);  // 6 of each replica
+    const absl::StatusOr<v1::Plan> plan = PlanJob(request);
+    ASSERT_TRUE(plan.ok()) << plan.status();
+    EXPECT_EQ(plan->num_microbatches(), 6);
+    EXPECT_EQ(plan->microbatches_per_pass(), 6);
+    for (const v1::RankPlan& rank : plan->ranks()) EXPECT_EQ(rank.program(), "0F0 0B0");
+  }
 }
 
 // A remedy as a change of the spec.

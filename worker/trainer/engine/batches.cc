@@ -45,19 +45,34 @@ data::SamplerOptions SamplerOptionsOf(const TrainerConfig& config) {
   return options;
 }
 
-MicrobatchInput InputOf(const data::TokenRows& rows, const data::Microbatch& microbatch, int64_t step, double loss_weight, bool training) {
+MicrobatchInput InputOf(const data::TokenRows& rows, absl::Span<const data::Microbatch> microbatches, const InputOptions& options) {
   MicrobatchInput input;
-  input.step = step;
-  input.microbatch = static_cast<int>(microbatch.index);
-  input.loss_weight = loss_weight;
-  input.training = training;
-  if (microbatch.rows.empty()) return input;
-  data::MicrobatchArrays arrays = data::Assemble(rows, microbatch);
+  input.step = options.step;
+  input.microbatch = static_cast<int>(microbatches.front().index);
+  input.loss_weight = options.loss_weight;
+  input.training = options.training;
+  data::Microbatch all;
+  for (const data::Microbatch& microbatch : microbatches) {
+    all.rows.insert(all.rows.end(), microbatch.rows.begin(), microbatch.rows.end());
+    all.tokens += microbatch.tokens;
+    all.targets += microbatch.targets;
+    if (microbatches.size() > 1 && microbatch.tokens > 0) input.merged.push_back({static_cast<int>(microbatch.index), microbatch.tokens});
+  }
+  if (all.rows.empty()) return input;
+  data::MicrobatchArrays arrays = data::Assemble(rows, all);
   input.cu_seqlens = std::move(arrays.cu_seqlens);
   input.ids = TensorOf(arrays.ids);
   input.target_rows = TensorOf(arrays.target_rows);
   input.target_ids = TensorOf(arrays.target_ids);
   return input;
+}
+
+std::vector<MicrobatchInput> InputsOf(const data::TokenRows& rows, absl::Span<const data::Microbatch> microbatches, int per_pass, const InputOptions& options) {
+  std::vector<MicrobatchInput> inputs;
+  for (size_t begin = 0; begin < microbatches.size(); begin += static_cast<size_t>(per_pass)) {
+    inputs.push_back(InputOf(rows, microbatches.subspan(begin, static_cast<size_t>(per_pass)), options));
+  }
+  return inputs;
 }
 
 MicrobatchInput ProbeInput(const std::vector<int32_t>& ids) {

@@ -1,4 +1,4 @@
-// The micro-batches of a step or an evaluation as a stage takes them. Every rank makes the same plan from the token file.
+// The micro-batches of a step or an evaluation as a stage takes them: one or several in a pass. Every rank makes the same plan from the token file.
 #pragma once
 
 #include <memory>
@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "common/base/files.h"
 #include "common/data/batch_plan.h"
 #include "common/data/token_file.h"
@@ -27,8 +28,18 @@ class TokenData {
 
 data::SamplerOptions SamplerOptionsOf(const TrainerConfig& config);
 
-// `loss_weight` is the gradient of the step's loss with respect to one target's -log p. An empty micro-batch has no cu_seqlens.
-MicrobatchInput InputOf(const data::TokenRows& rows, const data::Microbatch& microbatch, int64_t step, double loss_weight, bool training);
+// What is the same for all inputs of a step or an evaluation.
+struct InputOptions {
+  int64_t step = 0;
+  double loss_weight = 1;  // the gradient of the step's loss with respect to one target's -log p
+  bool training = true;
+};
+
+// One pass over these micro-batches of a replica, one after the other. Without a token it has no cu_seqlens.
+MicrobatchInput InputOf(const data::TokenRows& rows, absl::Span<const data::Microbatch> microbatches, const InputOptions& options);
+
+// The passes over a replica's micro-batches: `per_pass` (at least 1) consecutive ones each, the last with what is left.
+std::vector<MicrobatchInput> InputsOf(const data::TokenRows& rows, absl::Span<const data::Microbatch> microbatches, int per_pass, const InputOptions& options);
 
 // One document without targets: verification.
 MicrobatchInput ProbeInput(const std::vector<int32_t>& ids);

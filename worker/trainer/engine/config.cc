@@ -1,5 +1,7 @@
 #include "worker/trainer/engine/config.h"
 
+#include <set>
+
 #include "absl/strings/str_cat.h"
 #include "common/base/status.h"
 
@@ -10,6 +12,9 @@ absl::Status CheckConfig(const TrainerConfig& config) {
   const int ranks = plan.data_parallel_size * plan.pipeline_parallel_size;
   if (plan.data_parallel_size < 1 || plan.pipeline_parallel_size < 1 || plan.virtual_stages < 1 || plan.num_microbatches < 1) {
     return absl::InvalidArgumentError("the plan has a size below 1");
+  }
+  if (plan.microbatches_per_pass < 1 || plan.microbatches_per_pass > plan.num_microbatches) {
+    return absl::InvalidArgumentError(absl::StrCat("the plan merges ", plan.microbatches_per_pass, " of ", plan.num_microbatches, " micro-batches"));
   }
   if (static_cast<int>(plan.ranks.size()) != ranks) {
     return absl::InvalidArgumentError(absl::StrCat("the plan lists ", plan.ranks.size(), " ranks where its mesh has ", ranks));
@@ -47,6 +52,15 @@ absl::Status CheckConfig(const TrainerConfig& config) {
   }
   if (config.logging_steps < 1) return absl::InvalidArgumentError("training.logging_steps must be at least 1");
   return CheckSchedule(config.schedule);
+}
+
+absl::Status CheckPasses(const pipeline::Program& program, const PlanSpec& plan) {
+  std::set<int> passes;
+  for (const pipeline::Action& action : program) {
+    if (action.op == pipeline::Op::kForward) passes.insert(action.microbatch);
+  }
+  if (static_cast<int>(passes.size()) == plan.num_passes()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("the plan's program takes ", passes.size(), " passes where its micro-batches make ", plan.num_passes()));
 }
 
 }  // namespace ppft::trainer

@@ -7,7 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "common/pipeline/action.h"
 #include "worker/trainer/optim/adamw.h"
 #include "worker/trainer/optim/loss_scaler.h"
 #include "worker/trainer/optim/schedule.h"
@@ -75,8 +77,12 @@ struct PlanSpec {
   int64_t total_steps = 0;
   int threads_per_rank = 1;
   int64_t microbatch_tokens = 0;
+  int microbatches_per_pass = 1;
   std::vector<StageSpec> stages;  // by index
   std::vector<RankSpec> ranks;    // by index
+
+  int num_passes() const { return (num_microbatches + microbatches_per_pass - 1) / microbatches_per_pass; }  // per step and replica
+  int64_t pass_tokens() const { return microbatch_tokens * microbatches_per_pass; }                          // capacity
 };
 
 struct AdapterOptions {
@@ -139,5 +145,8 @@ struct TrainerConfig {
 
 // INVALID_ARGUMENT if the plan contradicts itself: indices, stages, sizes.
 absl::Status CheckConfig(const TrainerConfig& config);
+
+// INVALID_ARGUMENT unless a rank's program goes forward through each pass of a step: with fewer, micro-batches would be left out without a sign.
+absl::Status CheckPasses(const pipeline::Program& program, const PlanSpec& plan);
 
 }  // namespace ppft::trainer

@@ -149,10 +149,9 @@ void Trainer::RecordDeviceMemory() {
 absl::Status Trainer::TrainStep(int64_t step) {
   const data::StepPlan step_plan = sampler_->Step(step);
   const double scale = scaler_.scale();
-  std::vector<MicrobatchInput> inputs;
-  for (const data::Microbatch& microbatch : step_plan.microbatches[static_cast<size_t>(config_.me().replica)]) {
-    inputs.push_back(InputOf(train_data_->rows(), microbatch, step, scale / static_cast<double>(std::max<int64_t>(1, step_plan.targets)), /*training=*/true));
-  }
+  const InputOptions input_options = {step, scale / static_cast<double>(std::max<int64_t>(1, step_plan.targets)), /*training=*/true};
+  const std::vector<MicrobatchInput> inputs =
+      InputsOf(train_data_->rows(), step_plan.microbatches[static_cast<size_t>(config_.me().replica)], plan().microbatches_per_pass, input_options);
   adapter_->ZeroGradients();
   if (const at::Tensor total = LossTotal(); total.defined()) total.zero_();
   PassOptions options;
@@ -280,13 +279,10 @@ at::Tensor Trainer::LossTotal() const {
 absl::StatusOr<double> Trainer::EvaluationLoss() {
   const at::Tensor total = LossTotal();
   if (total.defined()) total.zero_();
-  for (int64_t begin = 0; begin < eval_rounds_; begin += eval_window_) {
-    std::vector<MicrobatchInput> inputs;
-    for (int64_t i = begin; i < begin + eval_window_; ++i) {
-      const data::Microbatch empty;
-      inputs.push_back(
-          InputOf(eval_data_->rows(), i < static_cast<int64_t>(eval_plan_.size()) ? eval_plan_[static_cast<size_t>(i)] : empty, 0, 1.0, /*training=*/false));
-    }
+  const size_t per_window = static_cast<size_t>(eval_window_) * static_cast<size_t>(plan().microbatches_per_pass);
+  for (size_t begin = 0; begin < eval_plan_.size(); begin += per_window) {
+    const std::vector<MicrobatchInput> inputs =
+        InputsOf(eval_data_->rows(), absl::MakeConstSpan(eval_plan_).subspan(begin, per_window), plan().microbatches_per_pass, {0, 1.0, /*training=*/false});
     PassOptions options;
     options.pass = next_pass_++;
     PPFT_RETURN_IF_ERROR(interpreter_->Run(eval_program_, inputs, options, nullptr));

@@ -140,12 +140,11 @@ class Trainer {
   at::ScalarType compute_ = at::kFloat;
   Checkpointing checkpointing_ = Checkpointing::kNone;
   pipeline::Program program_;
-  pipeline::Program eval_program_;  // of eval_window_ micro-batches
+  pipeline::Program eval_program_;  // of eval_window_ passes
   int eval_window_ = 0;
   std::unique_ptr<TokenData> train_data_;
   std::unique_ptr<TokenData> eval_data_;
-  std::vector<data::Microbatch> eval_plan_;  // of this replica
-  int64_t eval_rounds_ = 0;                  // micro-batches per replica, the same on all
+  std::vector<data::Microbatch> eval_plan_;  // of this replica, filled up with empty ones to whole windows: as many on all replicas
   int64_t eval_targets_ = 0;                 // of all replicas
 
   Activity activity_;

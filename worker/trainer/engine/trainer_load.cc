@@ -28,7 +28,7 @@ namespace {
 // Peers load their stages before they answer.
 constexpr absl::Duration kPeersLoad = absl::Minutes(10);
 
-// Micro-batches of up to so many tokens are padded to one of a few shapes.
+// Passes of up to so many tokens are padded to one of a few shapes.
 constexpr int64_t kMostPaddedTokens = 2048;
 constexpr int64_t kLeastTokenMultiple = 64;
 constexpr int64_t kShapes = 16;
@@ -93,12 +93,12 @@ StageOptions Trainer::OptionsOf(int stage) const {
     options.device = at::Device(at::kCUDA, 0);
     options.kernels = &cuda_->KernelsOf(0);
     options.head_chunk_rows = checkpointing_ == Checkpointing::kFull ? model::kCudaSmallHeadRows : model::kCudaHeadRows;
-    options.least_tokens = plan().microbatch_tokens;
-    // The host cannot launch small micro-batches as fast as a GPU does them: few shapes, captured. Padding large ones would cost more than it gains.
-    if (plan().microbatch_tokens <= kMostPaddedTokens) {
-      options.token_multiple = std::max<int64_t>(kLeastTokenMultiple, plan().microbatch_tokens / kShapes);
+    options.least_tokens = plan().pass_tokens();
+    // The host cannot launch small passes as fast as a GPU does them: few shapes, captured. Padding large ones would cost more than it gains.
+    if (plan().pass_tokens() <= kMostPaddedTokens) {
+      options.token_multiple = std::max<int64_t>(kLeastTokenMultiple, plan().pass_tokens() / kShapes);
     }
-    options.capture = config_.cuda_graphs && plan().microbatch_tokens <= model::kMostCapturedTokens;
+    options.capture = config_.cuda_graphs && plan().pass_tokens() <= model::kMostCapturedTokens;
   }
   options.lora.r = config_.adapter.r;
   options.lora.scale = config_.adapter.scale;
@@ -119,6 +119,7 @@ absl::Status Trainer::Load() {
   }
   PPFT_ASSIGN_OR_RETURN(checkpointing_, CheckpointingOf(config_.activation_checkpointing));
   PPFT_ASSIGN_OR_RETURN(program_, pipeline::ParseProgram(config_.me().program));
+  PPFT_RETURN_IF_ERROR(CheckPasses(program_, plan()));
   absl::StatusOr<model::ModelConfig> parsed = model::ParseModelConfig(config_.model_config, "config.json");
   PPFT_RETURN_IF_ERROR(ModelInvalid(parsed.status()));
   model_config_ = *std::move(parsed);
@@ -148,10 +149,12 @@ absl::Status Trainer::LoadData() {
     eval_targets_ += (*all)[i].targets;
     if (static_cast<int>(i) % plan().data_parallel_size == config_.me().replica) eval_plan_.push_back((*all)[i]);
   }
-  const int dp = plan().data_parallel_size;
-  eval_rounds_ = (static_cast<int64_t>(all->size()) + dp - 1) / dp;
-  // A window bounds how many micro-batches are on their way at once.
-  eval_window_ = static_cast<int>(std::min<int64_t>(eval_rounds_, 4 * plan().pipeline_parallel_size));
+  const auto rounds_up = [](int64_t count, int64_t unit) { return (count + unit - 1) / unit; };
+  const int64_t per_pass = plan().microbatches_per_pass;
+  const int64_t passes = rounds_up(rounds_up(static_cast<int64_t>(all->size()), plan().data_parallel_size), per_pass);
+  // A window bounds how many passes are on their way at once.
+  eval_window_ = static_cast<int>(std::min<int64_t>(passes, 4 * plan().pipeline_parallel_size));
+  eval_plan_.resize(static_cast<size_t>(rounds_up(passes, eval_window_) * eval_window_ * per_pass));
   PPFT_ASSIGN_OR_RETURN(const std::vector<pipeline::Program> forward,
                         pipeline::BuildForwardOnly(plan().pipeline_parallel_size, plan().virtual_stages, eval_window_));
   PPFT_ASSIGN_OR_RETURN(std::vector<pipeline::Program> lowered, pipeline::Lower(forward, mesh_.num_stages()));

@@ -33,8 +33,9 @@ struct DropoutSequence {
   std::array<uint32_t, 2> key{};  // Philox key
   uint32_t stream = 0;
   double p = 0.0;  // probability of dropping, below 1; kept elements are scaled by 1 / (1 - p)
-  // [2] int32 on the kernels' device with the words of the key, which are then read when the kernel runs. On the CPU undefined.
-  at::Tensor device_key = {};
+  // [rows, 4] int32 on the kernels' device, read when the kernel runs: for each row the two words of its key, the number that it draws as, and nothing. In
+  // place of `key` and the row's own number. Undefined: those.
+  at::Tensor rows = {};
 };
 
 // The documents of a micro-batch, concatenated.

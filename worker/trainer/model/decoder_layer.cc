@@ -94,7 +94,7 @@ std::vector<DropoutSequence> DecoderLayer::DropoutOf(const LayerPass& pass, cons
   if (lora_.dropout <= 0 || !pass.microbatch.training || linear.lora_columns() == 0) return {};
   std::vector<DropoutSequence> sequences;
   for (const LoraModule& module : linear.modules()) {
-    sequences.push_back({pass.microbatch.dropout_key, static_cast<uint32_t>(layer_ * 8 + module.index), lora_.dropout, pass.microbatch.device_dropout_key});
+    sequences.push_back({{}, static_cast<uint32_t>(layer_ * 8 + module.index), lora_.dropout, pass.microbatch.dropout_rows});
   }
   return sequences;
 }

@@ -176,7 +176,7 @@ absl::Status LlamaStage::Load() {
     loss_total_ = at::zeros({1}, compute_.dtype(at::kDouble));
   }
   pool_ = std::make_unique<ActivationPool>(options_.num_layers, layers_[0]->sizes(), options_.checkpointing, compute_, acc_, options_.least_tokens);
-  layout_ = {options_.device, layers_[0]->heads(), layers_[0]->sizes().attention, options_.token_multiple, options_.lora.seed};
+  layout_ = {options_.device, layers_[0]->heads(), layers_[0]->sizes().attention, options_.token_multiple, options_.lora.seed, options_.lora.dropout > 0};
   for (const auto& layer : layers_) gradient_columns_ = std::max(gradient_columns_, layer->gradient_columns());
   return absl::OkStatus();
 }
@@ -355,6 +355,11 @@ absl::Status LlamaStage::CheckInput(const MicrobatchInput& input, const at::Tens
     return absl::InvalidArgumentError("cu_seqlens must rise from 0 to the number of tokens");
   }
   const int64_t tokens = input.cu_seqlens.back();
+  int64_t merged = 0;
+  for (const MergedMicrobatch& part : input.merged) merged += part.tokens;
+  if (!input.merged.empty() && merged != tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("merged micro-batches of ", merged, " tokens must be the ", tokens, " tokens of cu_seqlens"));
+  }
   if (options_.has_embedding ? !input.ids.defined() || input.ids.numel() != tokens
                              : !hidden_in.defined() || hidden_in.dim() != 2 || hidden_in.size(0) != tokens || hidden_in.size(1) != config_.hidden_size) {
     return absl::InvalidArgumentError(absl::StrCat(options_.has_embedding ? "ids" : "hidden_in", " must hold the ", tokens, " tokens of cu_seqlens"));

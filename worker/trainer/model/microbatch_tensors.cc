@@ -13,36 +13,47 @@ namespace {
 
 constexpr int64_t kAlignment = 256;
 constexpr uint64_t kLeastLongest = 128;
+constexpr int64_t kDropoutWords = 4;  // of a row
 
 int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Where the parts of a block begin. The table of the documents is last: its length varies.
 struct Offsets {
-  explicit Offsets(int64_t capacity) {
+  Offsets(int64_t capacity, bool dropout) {
     int64_t end = 0;
     const auto place = [&](int64_t bytes) {
       const int64_t begin = end;
       end += RoundUp(bytes, kAlignment);
       return begin;
     };
-    values = place(3 * 4);
+    loss_weight = place(4);
     position = place(capacity * 4);
     target_of = place(capacity * 4);
     ids = place(capacity * 8);
     target_rows = place(capacity * 8);
     target_ids = place(capacity * 8);
+    dropout_rows = place(dropout ? capacity * kDropoutWords * 4 : 0);
     table = end;
   }
 
-  int64_t values, position, target_of, ids, target_rows, target_ids, table;
+  int64_t loss_weight, position, target_of, ids, target_rows, target_ids, dropout_rows, table;
 };
 
-std::array<uint32_t, 2> DropoutKey(uint64_t seed, const MicrobatchInput& input) {
+// `words`: kDropoutWords for each of `rows` rows; those behind the input's tokens are padding.
+void FillDropoutRows(uint64_t seed, const MicrobatchInput& input, int64_t rows, int32_t* words) {
   const uint64_t step = static_cast<uint64_t>(input.step);
-  const data::PhiloxBlock key = data::Philox4x32({static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), static_cast<uint32_t>(input.microbatch),
-                                                  static_cast<uint32_t>(data::PhiloxDomain::kDropout)},
-                                                 {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
-  return {key[0], key[1]};
+  const std::vector<MergedMicrobatch> alone = {{input.microbatch, input.cu_seqlens.back()}};
+  int64_t row = 0;
+  for (const MergedMicrobatch& merged : input.merged.empty() ? alone : input.merged) {
+    const data::PhiloxBlock key = data::Philox4x32({static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), static_cast<uint32_t>(merged.microbatch),
+                                                    static_cast<uint32_t>(data::PhiloxDomain::kDropout)},
+                                                   {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
+    for (int64_t i = 0; i < merged.tokens; ++i, ++row) {
+      const int32_t drawn[kDropoutWords] = {static_cast<int32_t>(key[0]), static_cast<int32_t>(key[1]), static_cast<int32_t>(i), 0};
+      std::memcpy(words + row * kDropoutWords, drawn, sizeof(drawn));
+    }
+  }
+  std::fill(words + row * kDropoutWords, words + rows * kDropoutWords, 0);
 }
 
 // [count] of `type` at a byte of the block.
@@ -61,7 +72,6 @@ bool FillMicrobatch(const MicrobatchLayout& layout, const Kernels& kernels, cons
   t.training = input.training;
   t.documents.cu_seqlens = input.cu_seqlens;
   if (t.tokens > t.real_tokens) t.documents.cu_seqlens.push_back(static_cast<int32_t>(t.tokens));
-  t.dropout_key = DropoutKey(layout.seed, input);
   t.loss_weight = input.loss_weight;
   const std::vector<int32_t>& cu = t.documents.cu_seqlens;
   uint64_t documents = 0, longest = 0;
@@ -78,15 +88,16 @@ bool FillMicrobatch(const MicrobatchLayout& layout, const Kernels& kernels, cons
   const std::vector<int32_t> table = kernels.DocumentTable(cu, layout.heads, layout.out_stride);
   const int64_t table_bytes = static_cast<int64_t>(table.size() * sizeof(int32_t));
   capacity = std::max({capacity, t.tokens, t.targets});
-  const Offsets at(capacity);
+  const Offsets at(capacity, layout.dropout);
   const bool on_device = !layout.device.is_cpu();
   const at::Tensor staging = at::empty({at.table + table_bytes}, at::TensorOptions(at::kChar).pinned_memory(on_device));
   char* const bytes = static_cast<char*>(staging.data_ptr());
   const auto words = [&](int64_t offset) { return reinterpret_cast<int32_t*>(bytes + offset); };
   const auto longs = [&](int64_t offset) { return reinterpret_cast<int64_t*>(bytes + offset); };
   const float weight = static_cast<float>(input.loss_weight);
-  std::memcpy(words(at.values), t.dropout_key.data(), 8);
-  std::memcpy(words(at.values) + 2, &weight, 4);
+  std::memcpy(words(at.loss_weight), &weight, 4);
+  const bool drops = layout.dropout && input.training;
+  if (drops) FillDropoutRows(layout.seed, input, t.tokens, words(at.dropout_rows));
   for (size_t d = 0; d + 1 < cu.size(); ++d) {
     for (int32_t row = cu[d]; row < cu[d + 1]; ++row) words(at.position)[row] = row - cu[d];
   }
@@ -113,11 +124,11 @@ bool FillMicrobatch(const MicrobatchLayout& layout, const Kernels& kernels, cons
       moved = true;
     }
     t.block.narrow(0, 0, staging.numel()).copy_(staging, /*non_blocking=*/true);
-    t.device_dropout_key = ViewOf(t.block, at.values, 2, at::kInt);
-    t.loss_weight.device = ViewOf(t.block, at.values + 8, 1, at::kFloat);
+    t.loss_weight.device = ViewOf(t.block, at.loss_weight, 1, at::kFloat);
     t.documents.table = ViewOf(t.block, at.table, static_cast<int64_t>(table.size()), at::kInt);
   }
   t.position = ViewOf(t.block, at.position, t.tokens, at::kInt);
+  t.dropout_rows = drops ? ViewOf(t.block, at.dropout_rows, t.tokens * kDropoutWords, at::kInt).view({t.tokens, kDropoutWords}) : at::Tensor();
   t.ids = input.ids.defined() ? ViewOf(t.block, at.ids, t.real_tokens, at::kLong) : at::Tensor();
   const bool has_targets = input.target_rows.defined();
   t.target_rows = has_targets ? ViewOf(t.block, at.target_rows, t.targets, at::kLong) : at::Tensor();

@@ -7,7 +7,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <cstdint>
 
 #include "worker/trainer/kernels/kernels.h"
@@ -22,6 +21,7 @@ struct MicrobatchLayout {
   int64_t out_stride = 0;  // of attention's output
   int64_t multiple = 1;    // tokens and targets are padded to it; 1 on the CPU
   uint64_t seed = 0;       // of the dropout
+  bool dropout = false;    // the block has room for what the rows draw
 };
 
 struct MicrobatchTensors {
@@ -40,8 +40,9 @@ struct MicrobatchTensors {
   at::Tensor target_ids;   // [targets] int64. Padding: -1
   at::Tensor target_of;    // [T] int32: the row's index in target_rows, -1 without a target; last stage
   LossWeight loss_weight = 1.0;
-  std::array<uint32_t, 2> dropout_key{};  // of (seed, step, micro-batch): the same numbers whatever stage a layer is on
-  at::Tensor device_dropout_key;
+  // [T, 4] int32, DropoutSequence::rows: keys of (seed, step, micro-batch) and the row in it, so that a row draws the same whatever stage a layer is on and
+  // whatever micro-batches go with its own. Undefined without dropout.
+  at::Tensor dropout_rows;
 
   at::Tensor block;  // [bytes] int8: what the tensors above are views of
 };

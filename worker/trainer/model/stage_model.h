@@ -71,10 +71,18 @@ struct StageOptions {
 // model computed in bf16 or fp16 reads the original weights again.
 using TensorSource = std::function<absl::StatusOr<at::Tensor>(const std::string& name)>;
 
-// The inputs of one micro-batch. All on the host; the stage moves what it needs.
+// One of several micro-batches that go through a stage together.
+struct MergedMicrobatch {
+  int microbatch = 0;  // index in the step over all replicas: key of the dropout generator
+  int64_t tokens = 0;  // whose rows follow those of the one before
+};
+
+// The inputs of one micro-batch, or of several that go through a stage together. All on the host; the stage moves what it needs.
 struct MicrobatchInput {
-  int64_t step = 0;                 // key of the dropout generator
-  int microbatch = 0;               // index in the step over all replicas: key of the dropout generator and of the stored activations
+  int64_t step = 0;    // key of the dropout generator
+  int microbatch = 0;  // index in the step over all replicas: key of the dropout generator and of the stored activations
+  // Several: dropout draws for each as if it were alone, so that merging them changes no mask. Empty: `microbatch` is all.
+  std::vector<MergedMicrobatch> merged;
   std::vector<int32_t> cu_seqlens;  // [documents + 1], from 0 to tokens
   at::Tensor ids;                   // [tokens] int64; first stage
   at::Tensor target_rows;           // [targets] int64: rows whose next token is supervised; last stage

@@ -38,6 +38,8 @@ TEST(CheckConfig, APlanThatContradictsItselfIsRefused) {
       {[](TrainerConfig& c) { c.plan.stages[1].first_layer = 4; }, "stage 1 of the plan is not in its place"},
       {[](TrainerConfig& c) { c.plan.stages[1].has_head = false; }, "stage 1 of the plan is not in its place"},
       {[](TrainerConfig& c) { c.plan.total_steps = 0; }, "no optimizer step"},
+      {[](TrainerConfig& c) { c.plan.microbatches_per_pass = 0; }, "merges 0 of 1 micro-batches"},
+      {[](TrainerConfig& c) { c.plan.microbatches_per_pass = 2; }, "merges 2 of 1 micro-batches"},
       {[](TrainerConfig& c) { c.plan.zero_stage = 4; }, "zero_stage 4 is unknown"},
       {[](TrainerConfig& c) { c.schedule.name = "step"; }, "lr_scheduler \"step\" is unknown"},
   };
@@ -48,6 +50,19 @@ TEST(CheckConfig, APlanThatContradictsItselfIsRefused) {
     EXPECT_TRUE(absl::IsInvalidArgument(status));
     EXPECT_THAT(std::string(status.message()), HasSubstr(wrong.message));
   }
+}
+
+TEST(CheckPasses, AProgramLeavesOutNoMicrobatch) {
+  PlanSpec plan;
+  plan.num_microbatches = 8;
+  plan.microbatches_per_pass = 3;
+  plan.microbatch_tokens = 100;
+  EXPECT_EQ(plan.num_passes(), 3);
+  EXPECT_EQ(plan.pass_tokens(), 300);
+  EXPECT_TRUE(CheckPasses(*pipeline::ParseProgram("0F0 0B0 0F1 0B1 0F2 0B2"), plan).ok());
+  EXPECT_THAT(std::string(CheckPasses(*pipeline::ParseProgram("0F0 0B0 0F1 0B1"), plan).message()), HasSubstr("2 passes where its micro-batches make 3"));
+  plan.microbatches_per_pass = 1;  // a trainer that was told nothing of merging
+  EXPECT_FALSE(CheckPasses(*pipeline::ParseProgram("0F0 0B0"), plan).ok());
 }
 
 TEST(DescribeFailure, TheFirstReasonStaysAndOthersComeFromTheStatus) {

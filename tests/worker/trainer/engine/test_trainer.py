@@ -158,6 +158,37 @@ def test_packing_with_dropout_is_the_same_in_every_layout(tmp_path):
     assert Run(start, tmp_path / 'other', pp=1).losses() != one.losses()
 
 
+@pytest.mark.parametrize('packing', [False, True])
+def test_merged_micro_batches_are_the_same_training(tmp_path, adapter, packing):
+    """The tenth step is the epoch's last and holds less than the others: passes with empty micro-batches and without any token."""
+    start = make_start(tmp_path / 'job', documents(150), 12, eval_rows=documents(13, seed=500), adapter=adapter, data={'sample_packing': packing, 'shuffle': True},
+                       training={'micro_batch_size': 1, 'gradient_accumulation_steps': 8 if packing else 16}, plan={'num_microbatches': 8 if packing else 16})
+    start['spec']['adapter']['lora_dropout'] = 0.2
+
+    def at(per_pass, **more):
+        return {**start, **more, 'plan': {**start['plan'], 'microbatches_per_pass': per_pass, **more.get('plan', {})}}
+    apart = Run(at(1), tmp_path / '1')
+    for per_pass in (3, 8):
+        run = Run(at(per_pass), tmp_path / str(per_pass))
+        assert relative(run.losses()[:1], apart.losses()[:1]) < 1e-6 and relative(run.losses(), apart.losses()) < 1e-5
+        norms = [[r['grad_norm'] for r in each.rows()] for each in (run, apart)]
+        assert relative(norms[0][:1], norms[1][:1]) < 2e-6 and relative(*norms) < 1e-4
+        assert relative([e for _, e in run.evals()], [e for _, e in apart.evals()]) < 1e-5
+        for name, tensor in apart.tensors().items():
+            assert numpy.abs(run.tensors()[name] - tensor).max() < 1e-3 * numpy.abs(tensor).max(), name
+        for count in ('tokens_seen', 'supervised_tokens'):
+            assert [r[count] for _, r in run.of('step')] == [r[count] for _, r in apart.of('step')]
+        assert [r['epoch'] for r in run.rows()] == [r['epoch'] for r in apart.rows()]
+    # The place in the data does not depend on it: a checkpoint goes on unmerged, and the other way round.
+    best = int(run.checkpoint(10)[0]['state']['best_step'])
+    for per_pass, source in ((1, run), (3, apart)):
+        again = Run(resumed(at(per_pass), source, 10, best), tmp_path / f'again{per_pass}')
+        assert relative(again.losses(), apart.losses()[10:]) < 1e-5
+    if not packing:  # each replica merges its own
+        two = Run(at(3, plan={'num_microbatches': 8, 'zero_stage': 3}), tmp_path / 'two', dp=2)
+        assert relative(two.losses(), apart.losses()) < 1e-5 and relative([e for _, e in two.evals()], [e for _, e in apart.evals()]) < 1e-5
+
+
 def held(run):
     """Bytes by kind of tensor, of each rank in order."""
     import re

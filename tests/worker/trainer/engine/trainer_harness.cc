@@ -13,6 +13,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -46,7 +47,8 @@ void FillPlan(const Mesh& mesh, const std::string& schedule, int layers, v1::Pla
   shape.kind = *kind;
   shape.pipeline_size = mesh.pipeline_size;
   shape.virtual_stages = mesh.virtual_stages;
-  shape.num_microbatches = plan->num_microbatches();
+  const int per_pass = std::max(1, plan->microbatches_per_pass());
+  shape.num_microbatches = (plan->num_microbatches() + per_pass - 1) / per_pass;
   const auto compute = ppft::pipeline::BuildSchedule(shape);
   if (!compute.ok()) Die(compute.status().ToString());
   const auto programs = ppft::pipeline::Lower(*compute, mesh.num_stages());
@@ -92,7 +94,7 @@ Child Spawn(const std::string& binary) {
     } else {
       dup2(fds[1], 3);
     }
-    execl(binary.c_str(), binary.c_str(), nullptr);
+    execl(binary.c_str(), binary.c_str(), "--device", "", nullptr);  // of no worker
     _exit(127);
   }
   close(fds[1]);

@@ -215,6 +215,16 @@ TEST_F(KernelsTest, DropoutKeepsItsShareAndBackwardUsesTheSameMask) {
   EXPECT_TRUE(at::equal(part, out.narrow(0, 0, 10)));
   kernels_.Dropout(x, {{1, 2}, 4, 0.25}, other);
   EXPECT_FALSE(at::equal(other, out));
+  // Told what its rows draw as: rows 90 to 99 of this sequence first, then the first ten.
+  std::vector<int32_t> drawn;
+  for (int32_t row = 0; row < 20; ++row) drawn.insert(drawn.end(), {1, 2, row < 10 ? 90 + row : row - 10, 0});
+  const DropoutSequence told{{7, 8}, 3, 0.25, at::tensor(drawn, at::kInt).view({20, 4})};
+  const at::Tensor both = at::empty({20, 402}, at::kDouble), gradient = at::ones({20, 402}, at::kDouble);
+  kernels_.Dropout(x.narrow(0, 0, 20), told, both);
+  kernels_.DropoutBackward(dout.narrow(0, 0, 20), told, gradient);
+  EXPECT_TRUE(at::equal(both, at::cat({out.narrow(0, 90, 10), out.narrow(0, 0, 10)})));
+  EXPECT_LT(RelativeError(gradient, 1 + dout.narrow(0, 0, 20) * both), 1e-14);
+  EXPECT_THROW(kernels_.Dropout(x, told, other), c10::Error);
 }
 
 TEST_F(KernelsTest, ThreadsDoNotChangeTheBits) {

@@ -1,5 +1,6 @@
 // Every explicit backward pass of the model in fp64 against finite differences: adapters and the gradient that goes to the stage before.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
@@ -9,6 +10,7 @@
 
 #include <map>
 
+#include "tests/worker/trainer/merged_input.h"
 #include "tests/worker/trainer/numeric_gradient.h"
 #include "worker/trainer/model/stage_model.h"
 
@@ -169,6 +171,50 @@ TEST(StageTest, MicrobatchesInFlightDoNotDisturbEachOther) {
     for (size_t i = 0; i < serial.size(); ++i) EXPECT_TRUE(at::equal(serial[i], overlapped[i])) << (*stage)->parameters()[i].name;
   }
   EXPECT_EQ((*stage)->Backward(a, {}).status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST(StageTest, MergedMicrobatchesGiveTheSumOfTheirGradientsAlsoWithDropout) {
+  const model::ModelConfig config = SmallConfig(true);
+  for (const double dropout : {0.0, 0.4}) {
+    StageOptions options = Options({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, dropout);
+    options.num_layers = 2;
+    options.has_embedding = options.has_head = true;
+    auto stage = StageModel::Create(config, options, RandomSource(config));
+    ASSERT_TRUE(stage.ok()) << stage.status();
+    RandomizeAdapters(**stage);
+    std::vector<MicrobatchInput> inputs(3, Input(config));
+    inputs[0].microbatch = 2;
+    inputs[1].microbatch = 5;
+    inputs[1].cu_seqlens = {0, 5};
+    inputs[1].ids = inputs[1].ids.narrow(0, 4, 5);
+    inputs[1].target_rows = at::tensor({0, 3}, at::kLong);
+    inputs[1].target_ids = at::tensor({4, 2}, at::kLong);
+    inputs[2].microbatch = 7;
+    inputs[2].ids = at::randint(config.vocab_size, {11}, at::kLong);
+    const auto train = [&](const std::vector<MicrobatchInput>& passes, double* loss) {
+      (*stage)->ZeroGradients();
+      *loss = 0;
+      for (const MicrobatchInput& input : passes) {
+        EXPECT_TRUE((*stage)->Forward(input, {}, true, loss).ok());
+        EXPECT_TRUE((*stage)->Backward(input, {}).ok());
+      }
+      std::vector<at::Tensor> gradients;
+      for (const Parameter& p : (*stage)->parameters()) gradients.push_back(p.gradient.flatten());
+      return at::cat(gradients);
+    };
+    double apart_loss = 0, loss = 0;
+    const at::Tensor apart = train(inputs, &apart_loss);
+    for (const auto& passes : {std::vector<MicrobatchInput>{MergedInput(inputs)}, {MergedInput({inputs[0], inputs[1]}), inputs[2]}}) {
+      EXPECT_LT(RelativeError(train(passes, &loss), apart), 1e-12) << "dropout " << dropout;
+      EXPECT_NEAR(loss, apart_loss, 1e-12 * apart_loss);
+    }
+    // Rows that draw as if all were of one micro-batch have other masks.
+    MicrobatchInput together = MergedInput(inputs);
+    together.merged.clear();
+    EXPECT_EQ(RelativeError(train({together}, &loss), apart) < 1e-6, dropout == 0);
+    together.merged = {{0, 26}};
+    EXPECT_EQ((*stage)->Forward(together, {}, true, &loss).status().code(), absl::StatusCode::kInvalidArgument);
+  }
 }
 
 TEST(StageTest, BadInputIsAStatusThatNamesIt) {

@@ -19,9 +19,9 @@
 namespace ppft::trainer::cuda {
 namespace {
 
-DropoutNumbers NumbersOf(const DropoutSequence& sequence) {
+DropoutNumbers NumbersOf(const DropoutSequence& sequence, int64_t rows) {
   DropoutNumbers numbers;
-  numbers.device_key = sequence.device_key.defined() ? reinterpret_cast<const uint32_t*>(Flat<int32_t>(sequence.device_key, 2)) : nullptr;
+  numbers.rows = sequence.rows.defined() ? reinterpret_cast<const uint4*>(Flat<int32_t>(sequence.rows, 4 * rows)) : nullptr;
   numbers.key[0] = sequence.key[0];
   numbers.key[1] = sequence.key[1];
   numbers.stream = sequence.stream;
@@ -190,13 +190,14 @@ class CudaKernels final : public Kernels {
   void Dropout(const at::Tensor& x, const DropoutSequence& sequence, const at::Tensor& out) override {
     const int64_t rows = x.size(0), columns = x.size(1);
     const at::ScalarType type = x.scalar_type();
-    cuda::Dropout(TypeOf(x), rows, columns, MatrixOf(x, type, rows, columns), NumbersOf(sequence), MatrixOf(out, type, rows, columns), Stream());
+    cuda::Dropout(TypeOf(x), rows, columns, MatrixOf(x, type, rows, columns), NumbersOf(sequence, rows), MatrixOf(out, type, rows, columns), Stream());
   }
 
   void DropoutBackward(const at::Tensor& dout, const DropoutSequence& sequence, const at::Tensor& dx) override {
     const int64_t rows = dx.size(0), columns = dx.size(1);
     const at::ScalarType type = dx.scalar_type();
-    cuda::DropoutBackward(TypeOf(dx), rows, columns, MatrixOf(dout, type, rows, columns), NumbersOf(sequence), MatrixOf(dx, type, rows, columns), Stream());
+    cuda::DropoutBackward(TypeOf(dx), rows, columns, MatrixOf(dout, type, rows, columns), NumbersOf(sequence, rows), MatrixOf(dx, type, rows, columns),
+                          Stream());
   }
 
   // All captured passes share a pool of memory: each is done with it when the next one begins.

@@ -8,9 +8,9 @@ constexpr int kThreads = 256;
 
 // Philox 4x32-10 of the counter (column / 4, row, stream, domain).
 __device__ __forceinline__ void Philox(uint32_t column4, uint32_t row, const DropoutNumbers& numbers, uint32_t (&out)[4]) {
-  uint32_t c0 = column4, c1 = row, c2 = numbers.stream, c3 = numbers.domain;
-  uint32_t k0 = numbers.device_key != nullptr ? numbers.device_key[0] : numbers.key[0];
-  uint32_t k1 = numbers.device_key != nullptr ? numbers.device_key[1] : numbers.key[1];
+  const uint4 drawn = numbers.rows != nullptr ? numbers.rows[row] : make_uint4(numbers.key[0], numbers.key[1], row, 0);
+  uint32_t c0 = column4, c1 = drawn.z, c2 = numbers.stream, c3 = numbers.domain;
+  uint32_t k0 = drawn.x, k1 = drawn.y;
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
     const uint32_t high_a = __umulhi(0xD2511F53u, c0), low_a = 0xD2511F53u * c0;

@@ -64,7 +64,7 @@ void CrossEntropy(Type type, int64_t rows, int64_t vocab, Matrix logits, const i
 void SpreadRows(Type type, int64_t rows, int64_t columns, Matrix from, const int32_t* row_of, Matrix out, cudaStream_t stream);
 
 struct DropoutNumbers {
-  const uint32_t* device_key;  // where not null, read in place of `key`
+  const uint4* rows;  // where not null, each row's key and number: DropoutSequence::rows
   uint32_t key[2];
   uint32_t stream;
   uint32_t domain;
