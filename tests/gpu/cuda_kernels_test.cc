@@ -10,6 +10,7 @@
 #include <ATen/ops/outer.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
@@ -286,6 +287,14 @@ TEST_P(CudaKernelsTest, DropoutHasTheBitsOfTheCpu) {
       EXPECT_TRUE(at::equal(gradient.to(at::kCPU), dx));
       gpu_.Dropout(device, sequence, device);
       EXPECT_TRUE(at::equal(device.to(at::kCPU), out));  // in place
+      // Rows that are told what they draw as, in reverse order.
+      std::vector<int32_t> drawn;
+      for (int64_t row = 0; row < s.rows; ++row) drawn.insert(drawn.end(), {11, -12, static_cast<int32_t>(s.rows - 1 - row), 0});
+      DropoutSequence told{{}, 77, p, at::tensor(drawn, at::kInt).view({s.rows, 4})};
+      cpu_.Dropout(x, told, out);
+      told.rows = told.rows.to(result.device());
+      gpu_.Dropout(Device(x, s.padding), told, result);
+      EXPECT_TRUE(at::equal(result.to(at::kCPU), out));
     }
   }
 }
