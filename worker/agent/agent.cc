@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <random>
 #include <set>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -33,6 +34,9 @@ std::string RandomIncarnation() {
   return absl::StrFormat("%08x%08x", device(), device());
 }
 
+// One connection is served by one core at each end.
+int NumDownloads() { return static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 2u, 8u)); }
+
 }  // namespace
 
 Agent::Agent(AgentOptions options, metrics::WorkerMetrics* metrics)
@@ -44,8 +48,11 @@ Agent::Agent(AgentOptions options, metrics::WorkerMetrics* metrics)
       reports_([this] {
         if (link_ != nullptr) link_->Wake(false);
       }),
-      cache_(JoinPath(options_.work_directory, "cache"), options_.cache_limit_bytes,
-             [this](const std::string& sha256, int64_t offset, bool check, int fd) { return Download(sha256, offset, check, fd); }) {
+      cache_(JoinPath(options_.work_directory, "cache"), options_.cache_limit_bytes, NumDownloads(),
+             [this](const std::string& sha256, int64_t offset, bool check, const FileCache::Sink& sink) { return Download(sha256, offset, check, sink); }) {
+  for (int i = 0; i < NumDownloads(); ++i) {
+    downloads_.push_back(v1::WorkerService::NewStub(net::MakeChannel(options_.coordinator, options_.channel)));
+  }
   environment_.cache = &cache_;
   environment_.reports = &reports_;
   environment_.metrics = metrics_;
@@ -79,7 +86,7 @@ absl::Status Agent::Run() {
   }
   // What ranks of an earlier incarnation left: their trainers died with it.
   PPFT_RETURN_IF_ERROR(RemoveAll(JoinPath(options_.work_directory, "ranks")));
-  PPFT_RETURN_IF_ERROR(cache_.Open());
+  PPFT_RETURN_IF_ERROR(cache_.Open(BootId()));
 
   LinkCallbacks callbacks;
   callbacks.hello = [this] {
@@ -104,6 +111,12 @@ absl::Status Agent::Run() {
   callbacks.on_directive = [this](const v1::Directive& directive) { OnDirective(directive); };
   callbacks.on_connected = [this](bool connected) { metrics_->SetConnected(connected); };
   callbacks.on_name_taken = [this] { OnDirective(v1::Directive()); };
+  callbacks.on_refused = [this](const absl::Status& status) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    refusal_ = status;
+    shutdown_ = true;
+    changed_.notify_all();
+  };
   link_ = std::make_unique<Link>(channel_, options_.coordinator, &reports_, std::move(callbacks));
   link_->Start();
 
@@ -127,9 +140,12 @@ absl::Status Agent::Run() {
     leaving.clear();
   }
   link_->Wake(true);
-  link_->Flush(absl::Seconds(2));
+  std::unique_lock<std::mutex> lock(mutex_);
+  const absl::Status refusal = refusal_;
+  lock.unlock();
+  if (refusal.ok()) link_->Flush(absl::Seconds(2));
   link_.reset();
-  return absl::OkStatus();
+  return refusal;
 }
 
 void Agent::Shutdown() {
@@ -221,24 +237,21 @@ std::vector<v1::RankKey> Agent::Running() {
   return keys;
 }
 
-absl::Status Agent::Download(const std::string& sha256, int64_t offset, bool check, int fd) {
+absl::Status Agent::Download(const std::string& sha256, int64_t offset, bool check, const FileCache::Sink& sink) {
   grpc::ClientContext context;
   net::SetDeadline(&context, kTransferTimeout);
   v1::FetchFileRequest request;
   request.set_sha256(sha256);
   request.set_offset(offset);
   request.set_check(check);
-  const auto stream = stub_->FetchFile(&context, request);
+  const auto stream = downloads_[next_download_++ % downloads_.size()]->FetchFile(&context, request);
   v1::FileChunk chunk;
   while (stream->Read(&chunk)) {
-    if (chunk.offset() != offset) {
+    absl::Status taken = absl::DataLossError(absl::StrCat("a chunk at offset ", chunk.offset(), " where ", offset, " was expected"));
+    if (chunk.offset() == offset) taken = sink(chunk.data());
+    if (!taken.ok()) {
       context.TryCancel();
-      return absl::DataLossError(absl::StrCat("a chunk at offset ", chunk.offset(), " where ", offset, " was expected"));
-    }
-    const absl::Status written = WriteAll(fd, chunk.data(), "file cache");
-    if (!written.ok()) {
-      context.TryCancel();
-      return written;
+      return taken;
     }
     offset += static_cast<int64_t>(chunk.data().size());
   }

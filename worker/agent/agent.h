@@ -6,6 +6,7 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <map>
 #include <memory>
@@ -45,7 +46,8 @@ class Agent {
   Agent(AgentOptions options, metrics::WorkerMetrics* metrics);
   ~Agent();
 
-  // Takes the work folder (one agent per folder), then serves. Returns after Shutdown, with all trainers ended.
+  // Takes the work folder (one agent per folder), then serves. Returns after Shutdown, or with the coordinator's refusal of this version; all trainers have
+  // ended then.
   absl::Status Run();
   void Shutdown();
 
@@ -56,7 +58,7 @@ class Agent {
   void StartOrUpdate(const v1::RankDirective& directive);
   std::vector<v1::RankKey> Running();
   void Reap();
-  absl::Status Download(const std::string& sha256, int64_t offset, bool check, int fd);
+  absl::Status Download(const std::string& sha256, int64_t offset, bool check, const FileCache::Sink& sink);
   absl::Status Upload(const v1::RankKey& rank, const v1::LocalFile& file);
 
   const AgentOptions options_;
@@ -65,6 +67,8 @@ class Agent {
   const std::shared_ptr<grpc::Channel> channel_;
   const std::unique_ptr<v1::WorkerService::Stub> stub_;
   ReportQueue reports_;
+  std::vector<std::unique_ptr<v1::WorkerService::Stub>> downloads_;  // each with a connection of its own
+  std::atomic<size_t> next_download_ = 0;
   FileCache cache_;
   RankEnvironment environment_;
   Fd lock_;
@@ -72,6 +76,7 @@ class Agent {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool shutdown_ = false;                             // guarded by mutex_
+  absl::Status refusal_;                              // guarded by mutex_
   bool dirty_ = false;                                // guarded by mutex_: Reap has something to look at
   std::map<Key, std::unique_ptr<RankRunner>> ranks_;  // guarded by mutex_: what is wanted
   std::vector<std::unique_ptr<RankRunner>> leaving_;  // guarded by mutex_: told to stop, not joined yet

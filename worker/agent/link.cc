@@ -90,6 +90,7 @@ void Link::Run() {
     callbacks_.on_connected(false);
     const bool name_taken = IsNameTaken(status);
     if (name_taken) callbacks_.on_name_taken();
+    if (net::GetErrorInfo(status).reason == "VERSION_MISMATCH") return callbacks_.on_refused(status);
     JudgeOldestReport(status);
     std::unique_lock<std::mutex> lock(mutex_);
     if (stopping_) return;

@@ -1,4 +1,5 @@
-// The stream to the coordinator: hello, heartbeats and reports out; welcome, directives and acknowledgements in. Reconnects for ever.
+// The stream to the coordinator: hello, heartbeats and reports out; welcome, directives and acknowledgements in. Reconnects for ever, but to a
+// coordinator of another version.
 //
 // Thread: own; callbacks run on it and must not block for long.
 #pragma once
@@ -27,7 +28,8 @@ struct LinkCallbacks {
   std::function<v1::Heartbeat()> heartbeat;  // of now, without revision and clock
   std::function<void(const v1::Directive&)> on_directive;
   std::function<void(bool)> on_connected;
-  std::function<void()> on_name_taken;  // another agent has this worker's name: no rank of this one is wanted
+  std::function<void()> on_name_taken;                  // another agent has this worker's name: no rank of this one is wanted
+  std::function<void(const absl::Status&)> on_refused;  // for good; the link does not try again
 };
 
 class Link {

@@ -74,13 +74,16 @@ void RankRunner::Stop() {
 void RankRunner::Run() {
   std::thread forward([this] { Forward(); });
   v1::Start start;
-  absl::Status status = Prepare(&start);
+  absl::Status status = MakeFolders();
+  // The process loads its libraries and makes its device ready while the files come.
   if (status.ok() && !stopping_) status = process_.Start(Command());
+  if (status.ok() && !stopping_) status = Prepare(&start);
   if (status.ok() && !stopping_) {
     environment_.metrics->BeginAttempt(key().job_id(), absl::StrCat(start.plan().ranks(key().rank()).pipeline_rank()));
     v1::AgentMessage message;
     *message.mutable_start() = std::move(start);
-    status = process_.Send(message);
+    const absl::Status sent = process_.Send(message);
+    if (!sent.ok()) LogWarning(Label(key()), ": ", sent.message());  // the trainer is gone: its exit is reported below
   }
   if (status.ok() && !stopping_) {
     {
@@ -98,7 +101,13 @@ void RankRunner::Run() {
     progress.join();
   }
   if (!status.ok() && !stopping_) {
-    if (net::GetErrorInfo(status).reason == "MODEL_INVALID") {
+    const std::string cause = net::GetErrorInfo(status).reason;
+    if (cause == "CHECKPOINT_CORRUPT") {
+      v1::TrainerReport report = FailureReport(cause, "INFRASTRUCTURE", std::string(status.message()),
+                                               "the job goes on from an older checkpoint by itself; look after the coordinator's disk");
+      report.mutable_failure()->set_step(corrupt_step_);
+      Enqueue(std::move(report));
+    } else if (cause == "MODEL_INVALID") {
       Enqueue(FailureReport("MODEL_INVALID", "USER", std::string(status.message()),
                             "put the file back as it was, or register the model again under another name: ppctl models register NAME FOLDER"));
     } else {
@@ -112,7 +121,7 @@ void RankRunner::Run() {
     if (stopping_) process_.Kill(SIGTERM);
     v1::TrainerReport report;
     *report.mutable_exited() = process_.Wait();
-    if (!stopping_) {
+    if (!stopping_ && status.ok()) {
       const v1::Exited& exited = report.exited();
       LogInfo(Label(key()), ": trainer ended, ", exited.signal() != 0 ? absl::StrCat("signal ", exited.signal()) : absl::StrCat("status ", exited.status()));
       Enqueue(std::move(report));
@@ -129,21 +138,57 @@ void RankRunner::Run() {
   environment_.on_end();
 }
 
-absl::Status RankRunner::FetchOne(const v1::FileRef& file, v1::LocalFile* out) {
-  PPFT_ASSIGN_OR_RETURN(*out->mutable_path(), environment_.cache->Fetch(file, JoinPath(directory_, "inputs"), [this] { return !stopping_; }));
-  *out->mutable_content() = file;
+absl::Status RankRunner::MakeFolders() {
+  PPFT_RETURN_IF_ERROR(RemoveAll(directory_));
+  PPFT_RETURN_IF_ERROR(MakeDirs(JoinPath(directory_, "inputs")));
+  return MakeDirs(JoinPath(directory_, "output"));
+}
+
+std::string RankRunner::InputPath(const v1::FileRef& file) const { return JoinPath(JoinPath(directory_, "inputs"), file.sha256()); }
+
+absl::Status RankRunner::FetchFiles(const std::vector<v1::FileRef>& files) {
+  const auto begin = std::chrono::steady_clock::now();
+  PPFT_ASSIGN_OR_RETURN(const FileCache::Totals totals, environment_.cache->FetchAll(files, JoinPath(directory_, "inputs"), [this] { return !stopping_; }));
+  LogInfo(Label(key()), ": fetched ", totals.files, " files, ", totals.bytes, " bytes, ", totals.downloaded_bytes, " of them from the coordinator, in ",
+          absl::FormatDuration(absl::Trunc(absl::FromChrono(std::chrono::steady_clock::now() - begin), absl::Milliseconds(1))));
   return absl::OkStatus();
 }
 
-absl::Status RankRunner::FetchAll(const v1::CheckpointManifest& manifest, google::protobuf::RepeatedPtrField<v1::LocalFile>* out) {
-  for (const v1::FileRef& file : manifest.files()) PPFT_RETURN_IF_ERROR(FetchOne(file, out->Add()));
+absl::Status RankRunner::FetchCheckpoint(const v1::CheckpointManifest& manifest, google::protobuf::RepeatedPtrField<v1::LocalFile>* out) {
+  absl::Status status = FetchFiles({manifest.files().begin(), manifest.files().end()});
+  if (absl::IsNotFound(status) || net::GetErrorInfo(status).reason == "CONTENT_DAMAGED") {
+    corrupt_step_ = manifest.state().step();
+    net::SetErrorInfo(&status, {"CHECKPOINT_CORRUPT", {}});
+  }
+  PPFT_RETURN_IF_ERROR(status);
+  for (const v1::FileRef& file : manifest.files()) {
+    v1::LocalFile* local = out->Add();
+    local->set_path(InputPath(file));
+    *local->mutable_content() = file;
+  }
   return absl::OkStatus();
+}
+
+absl::Status RankRunner::FetchInputs(v1::Start* start) {
+  std::vector<v1::FileRef> files;
+  const auto add = [&](const v1::FileRef& file, v1::LocalFile* local) {
+    files.push_back(file);
+    local->set_path(InputPath(file));
+    *local->mutable_content() = file;
+  };
+  for (const v1::TensorRef& tensor : directive_.tensors()) {
+    v1::LocalTensor* local = start->add_tensors();
+    files.push_back(tensor.content());
+    local->set_path(InputPath(tensor.content()));
+    *local->mutable_tensor() = tensor;
+  }
+  add(directive_.train_tokens(), start->mutable_train_tokens());
+  if (directive_.has_eval_tokens()) add(directive_.eval_tokens(), start->mutable_eval_tokens());
+  for (const v1::FileRef& file : directive_.init_adapter()) add(file, start->add_init_adapter());
+  return FetchFiles(files);
 }
 
 absl::Status RankRunner::Prepare(v1::Start* start) {
-  PPFT_RETURN_IF_ERROR(RemoveAll(directory_));
-  PPFT_RETURN_IF_ERROR(MakeDirs(JoinPath(directory_, "inputs")));
-  PPFT_RETURN_IF_ERROR(MakeDirs(JoinPath(directory_, "output")));
   start->set_job_id(key().job_id());
   start->set_epoch(key().epoch());
   start->set_rank(key().rank());
@@ -153,24 +198,15 @@ absl::Status RankRunner::Prepare(v1::Start* start) {
     return absl::InternalError(absl::StrCat("the plan has ", start->plan().ranks_size(), " ranks and this is rank ", key().rank()));
   }
   start->set_model_config(directive_.model_config());
-  for (const v1::TensorRef& tensor : directive_.tensors()) {
-    v1::LocalTensor* local = start->add_tensors();
-    v1::LocalFile file;
-    PPFT_RETURN_IF_ERROR(FetchOne(tensor.content(), &file));
-    *local->mutable_tensor() = tensor;
-    local->set_path(file.path());
-  }
-  PPFT_RETURN_IF_ERROR(FetchOne(directive_.train_tokens(), start->mutable_train_tokens()));
-  if (directive_.has_eval_tokens()) PPFT_RETURN_IF_ERROR(FetchOne(directive_.eval_tokens(), start->mutable_eval_tokens()));
-  for (const v1::FileRef& file : directive_.init_adapter()) PPFT_RETURN_IF_ERROR(FetchOne(file, start->add_init_adapter()));
   if (directive_.has_resume()) {
     *start->mutable_resume() = directive_.resume();
-    PPFT_RETURN_IF_ERROR(FetchAll(directive_.resume(), start->mutable_resume_files()));
+    PPFT_RETURN_IF_ERROR(FetchCheckpoint(directive_.resume(), start->mutable_resume_files()));
   }
   if (directive_.has_best()) {
     *start->mutable_best() = directive_.best();
-    PPFT_RETURN_IF_ERROR(FetchAll(directive_.best(), start->mutable_best_files()));
+    PPFT_RETURN_IF_ERROR(FetchCheckpoint(directive_.best(), start->mutable_best_files()));
   }
+  PPFT_RETURN_IF_ERROR(FetchInputs(start));
   start->set_directory(JoinPath(directory_, "output"));
   start->set_listen_address(environment_.address);
   start->set_beat_path(JoinPath(directory_, "beat"));
@@ -182,6 +218,7 @@ TrainerCommand RankRunner::Command() const {
   TrainerCommand command;
   command.binary = environment_.trainer_binary;
   command.directory = directory_;
+  command.arguments = {"--device", device()};
   const int threads = std::max(1, directive_.plan().threads_per_rank());
   // MKL_CBWR: one code path whatever the alignment, so that a resumed run gives the same bits.
   const char* cbwr = __builtin_cpu_supports("avx2") ? "MKL_CBWR=AVX2,STRICT" : "MKL_CBWR=COMPATIBLE";

@@ -1,4 +1,4 @@
-// The life of one rank on this host: fetch its files, start its trainer, pass reports on, upload what it writes, watch its progress, end it.
+// The life of one rank on this host: start its trainer, fetch its files meanwhile, pass reports on, upload what it writes, watch its progress, end it.
 //
 // Two threads per rank: one fetches, forks, reads reports and reaps; the other forwards reports in order, each after its files are uploaded.
 // Thread: all public methods from any; none blocks except the destructor, which kills the trainer and joins.
@@ -56,9 +56,13 @@ class RankRunner {
 
  private:
   void Run();
+  absl::Status MakeFolders();
+  // Fetches what the rank needs and says it in `start`.
   absl::Status Prepare(v1::Start* start);
-  absl::Status FetchAll(const v1::CheckpointManifest& manifest, google::protobuf::RepeatedPtrField<v1::LocalFile>* out);
-  absl::Status FetchOne(const v1::FileRef& file, v1::LocalFile* out);
+  absl::Status FetchCheckpoint(const v1::CheckpointManifest& manifest, google::protobuf::RepeatedPtrField<v1::LocalFile>* out);
+  absl::Status FetchInputs(v1::Start* start);
+  absl::Status FetchFiles(const std::vector<v1::FileRef>& files);
+  std::string InputPath(const v1::FileRef& file) const;
   TrainerCommand Command() const;
   // With mutex_ held: what the trainer has not been told yet.
   void TellTrainer();
@@ -88,6 +92,7 @@ class RankRunner {
   bool reads_done_ = false;              // guarded by mutex_
   std::deque<v1::TrainerReport> queue_;  // guarded by mutex_
 
+  int64_t corrupt_step_ = 0;  // run_thread_'s: of the checkpoint that the coordinator does not have any more
   std::thread run_thread_;
   std::thread watch_thread_;
 };

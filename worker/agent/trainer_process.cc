@@ -26,6 +26,7 @@ struct Arguments {
   std::vector<char*> argv;
 };
 
+// Points into `command`.
 Arguments LayOut(const TrainerCommand& command) {
   Arguments out;
   for (char** variable = environ; *variable != nullptr; ++variable) {
@@ -37,7 +38,9 @@ Arguments LayOut(const TrainerCommand& command) {
   out.environment.insert(out.environment.end(), command.environment.begin(), command.environment.end());
   for (std::string& variable : out.environment) out.envp.push_back(variable.data());
   out.envp.push_back(nullptr);
-  out.argv = {const_cast<char*>(command.binary.c_str()), nullptr};
+  out.argv = {const_cast<char*>(command.binary.c_str())};
+  for (const std::string& argument : command.arguments) out.argv.push_back(const_cast<char*>(argument.c_str()));
+  out.argv.push_back(nullptr);
   return out;
 }
 

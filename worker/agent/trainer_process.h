@@ -21,6 +21,7 @@ struct TrainerCommand {
   std::string binary;
   std::string directory;                 // working directory; stderr goes to DIRECTORY/stderr.log
   std::vector<std::string> environment;  // "NAME=value", on top of the agent's own
+  std::vector<std::string> arguments;
 };
 
 class TrainerProcess {

@@ -1,6 +1,9 @@
-// ppft-trainer: one rank of a job. Started by ppft-worker with a socket on descriptor 3; everything else comes through that.
+// ppft-trainer --device ID: one rank of a job. Started by ppft-worker with a socket on descriptor 3; everything else comes through that. It makes its device
+// ready while the worker still fetches what it is to run.
 // ppft-trainer --version: the LibTorch that it runs with. ppft-trainer --probe-devices: the GPUs that it could use, as one line of JSON.
 #include <ATen/Parallel.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -33,14 +36,21 @@ constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
 constexpr int64_t kForeignBytes = int64_t{4} << 30;
 constexpr char kForeignRemedy[] = "end the other processes on that device, or give the worker devices of its own; the job tries again by itself";
 
+// The first product loads cuBLAS and its kernels.
+void WarmUp(CudaRuntime& cuda) {
+  const at::Tensor square = at::zeros({64, 64}, at::TensorOptions().device(at::kCUDA, 0).dtype(at::kBFloat16));
+  at::mm(square, square);
+  cuda.Synchronize(0);
+}
+
 // The plugin, with this thread on its one visible device; nullptr where the rank's device is no GPU.
-absl::StatusOr<CudaRuntime*> UseDevice(const TrainerConfig& config) {
-  if (!absl::StartsWith(config.me().device, "cuda")) return static_cast<CudaRuntime*>(nullptr);
+absl::StatusOr<CudaRuntime*> UseDevice(const std::string& device) {
+  if (!absl::StartsWith(device, "cuda")) return static_cast<CudaRuntime*>(nullptr);
   const auto failed = [&](const absl::Status& status) {
-    if (absl::StrContains(status.message(), "out of memory")) {
-      return WithReason(Annotate(status, config.me().device), "OUT_OF_DEVICE_MEMORY", "INFRASTRUCTURE", kForeignRemedy);
+    if (absl::StrContains(status.message(), "out of memory") || absl::StrContains(status.message(), "ALLOC_FAILED")) {
+      return WithReason(Annotate(status, device), "OUT_OF_DEVICE_MEMORY", "INFRASTRUCTURE", kForeignRemedy);
     }
-    return WithReason(Annotate(status, config.me().device), "DEVICE_ERROR", "OPERATOR", "look at `ppft-trainer --probe-devices` on the worker's host");
+    return WithReason(Annotate(status, device), "DEVICE_ERROR", "OPERATOR", "look at `ppft-trainer --probe-devices` on the worker's host");
   };
   absl::StatusOr<CudaRuntime*> cuda = LoadCudaPlugin("");
   if (!cuda.ok()) return failed(cuda.status());
@@ -48,6 +58,7 @@ absl::StatusOr<CudaRuntime*> UseDevice(const TrainerConfig& config) {
     std::string reason;
     if ((*cuda)->Devices(&reason).empty()) return absl::FailedPreconditionError(reason);
     (*cuda)->Use(0);
+    WarmUp(**cuda);
     const char* deterministic = getenv("PPFT_DETERMINISTIC");
     if (deterministic != nullptr && absl::string_view(deterministic) == "1") (*cuda)->SetDeterministic(true);
     return absl::OkStatus();
@@ -82,7 +93,8 @@ absl::Status ExplainMemory(const absl::Status& status, const TrainerConfig& conf
   return out_status;
 }
 
-absl::Status Work(Control& control, std::unique_ptr<Trainer>& trainer) {
+absl::Status Work(const std::string& device, Control& control, std::unique_ptr<Trainer>& trainer) {
+  const absl::StatusOr<CudaRuntime*> used = UseDevice(device);
   PPFT_ASSIGN_OR_RETURN(const TrainerConfig config, control.AwaitStart());
   control.SetSource(absl::StrCat("rank-", config.rank));
   at::set_num_threads(config.plan.threads_per_rank);
@@ -91,7 +103,9 @@ absl::Status Work(Control& control, std::unique_ptr<Trainer>& trainer) {
   PPFT_ASSIGN_OR_RETURN(TcpListener listener, TcpListener::Open(config.listen_address));
   control.Listening(listener.address());
   PPFT_RETURN_IF_ERROR(WithReason(CheckConfig(config), "SPEC_INVALID", "USER", "correct the job and submit it again"));
-  PPFT_ASSIGN_OR_RETURN(CudaRuntime * cuda, UseDevice(config));
+  PPFT_RETURN_IF_ERROR(used.status());
+  CudaRuntime* const cuda = *used;
+  if (config.me().device != device) return absl::InternalError(absl::StrCat("started for ", device, " and told to use ", config.me().device));
   trainer = std::make_unique<Trainer>(config, &control, beat, cuda);
   trainer->FollowOrders(&control.trace_orders());
   const auto run = [&]() -> absl::Status {
@@ -117,13 +131,13 @@ int Main(int argc, char** argv) {
   signal(SIGPIPE, SIG_IGN);
   int type = 0;
   socklen_t size = sizeof(type);
-  if (getsockopt(kControlFd, SOL_SOCKET, SO_TYPE, &type, &size) != 0) {
+  if (argc != 3 || absl::string_view(argv[1]) != "--device" || getsockopt(kControlFd, SOL_SOCKET, SO_TYPE, &type, &size) != 0) {
     std::fprintf(stderr, "ppft-trainer is started by ppft-worker, with a socket on descriptor %d\n", kControlFd);
     return 2;
   }
   Control control{Fd(kControlFd)};
   std::unique_ptr<Trainer> trainer;
-  const absl::Status status = Work(control, trainer);
+  const absl::Status status = Work(argv[2], control, trainer);
   if (!status.ok()) {
     const int64_t step = trainer == nullptr ? 0 : trainer->step();
     control.Log(Severity::kError, std::string(status.message()));

@@ -34,6 +34,11 @@ class FakeCoordinator final : public v1::WorkerService::Service {
     if (!stream->Read(&message)) return grpc::Status::CANCELLED;
     {
       std::lock_guard<std::mutex> lock(mutex);
+      if (!version.empty()) {
+        absl::Status mismatch = absl::FailedPreconditionError(absl::StrCat("the worker is version ", message.hello().version(), ", this is ", version));
+        net::SetErrorInfo(&mismatch, {"VERSION_MISMATCH", {}});
+        return net::ToGrpcStatus(mismatch);
+      }
       if (name_taken) {
         ++turned_away;
         absl::Status taken = absl::AlreadyExistsError("the name is in use");
@@ -162,6 +167,7 @@ class FakeCoordinator final : public v1::WorkerService::Service {
   std::mutex mutex;
   bool acknowledge = true;
   bool name_taken = false;  // every hello is refused
+  std::string version;      // not empty: every hello is of another one
   int turned_away = 0;
   std::string changed_model;                                                 // content that the coordinator does not have any more
   v1::TrainerReport::ReportCase refuse = v1::TrainerReport::REPORT_NOT_SET;  // ends the stream that carries one
@@ -210,7 +216,7 @@ class AgentTest : public ::testing::Test {
     server_->Shutdown(std::chrono::system_clock::now());
     server_.reset();
     std::filesystem::remove_all(directory_);
-    EXPECT_TRUE(status_.ok()) << status_;
+    EXPECT_EQ(status_.code(), expected_end_) << status_;
   }
 
   void Serve(int port) {
@@ -257,6 +263,7 @@ class AgentTest : public ::testing::Test {
   std::unique_ptr<Agent> agent_;
   std::thread thread_;
   absl::Status status_;
+  absl::StatusCode expected_end_ = absl::StatusCode::kOk;
 };
 
 TEST_F(AgentTest, ReportsComeInOrderAndACheckpointOnlyAfterItsFile) {
@@ -269,6 +276,23 @@ TEST_F(AgentTest, ReportsComeInOrderAndACheckpointOnlyAfterItsFile) {
   EXPECT_EQ(coordinator_.reports[5].report().checkpoint().files(0).path(), "");
   EXPECT_EQ(coordinator_.reports.back().report().exited().status(), 0);
   for (size_t i = 0; i < coordinator_.reports.size(); ++i) EXPECT_EQ(coordinator_.reports[i].seq(), static_cast<int64_t>(i + 1));
+}
+
+// The coordinator was upgraded while a rank runs here: nothing that it does could ever be committed.
+TEST_F(AgentTest, AnAgentOfAnotherVersionEndsWithTheRefusal) {
+  coordinator_.Direct({Rank("wait")});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
+  const pid_t pid = TrainerPid();
+  {
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    coordinator_.version = "2.0.0";
+  }
+  coordinator_.EndStream();
+  expected_end_ = absl::StatusCode::kFailedPrecondition;
+  thread_.join();  // without Shutdown
+  EXPECT_THAT(std::string(status_.message()), HasSubstr("2.0.0"));
+  EXPECT_NE(kill(pid, 0), 0) << "its trainer lives";
+  thread_ = std::thread([] {});
 }
 
 TEST_F(AgentTest, ARankThatIsNoLongerWantedIsEndedAndNotReported) {
