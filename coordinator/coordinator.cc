@@ -126,8 +126,10 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(const Coordinato
   const auto plan = [planner](const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices) {
     return planner->Plan(record, model, devices);
   };
+  ControllerOptions controller = options.controller;
+  controller.version = options.version;
   coordinator->controller_ =
-      std::make_unique<JobController>(*std::move(store), coordinator->artifacts_->work(), coordinator->metrics_.get(), plan, options.controller);
+      std::make_unique<JobController>(*std::move(store), coordinator->artifacts_->work(), coordinator->metrics_.get(), plan, std::move(controller));
   PPFT_RETURN_IF_ERROR(coordinator->controller_->Start());
   PPFT_RETURN_IF_ERROR(coordinator->Serve(options));
   return coordinator;

@@ -254,7 +254,10 @@ absl::Status JobController::LoadJob(v1::JobRecord record) {
   job.stored_epoch = epoch;
   if (IsTerminal(state)) return absl::OkStatus();
   metrics_->SetJobState(id, StateWord(state));
-  PPFT_ASSIGN_OR_RETURN(job.checkpoints, store_->ListCheckpoints(id));
+  PPFT_ASSIGN_OR_RETURN(std::vector<v1::CheckpointManifest> checkpoints, store_->ListCheckpoints(id));
+  for (v1::CheckpointManifest& checkpoint : checkpoints) {
+    if (checkpoint.damage().empty()) job.checkpoints.push_back(std::move(checkpoint));
+  }
   if (state == v1::JOB_STATE_RECOVERING || state == v1::JOB_STATE_CANCELLING) {
     for (const v1::RankPlan& rank : job.record.plan().ranks()) {
       remnants_.push_back(Remnant{{id, epoch - 1, rank.rank()}, rank.worker(), EntryOf(rank.worker()).shown.incarnation(), rank.device(), 0});

@@ -44,6 +44,7 @@ class WorkerLink {
 using ModelPlanFunction = std::function<PlanAttempt(const v1::JobRecord&, const v1::ModelRecord&, const std::vector<OfferedDevice>&)>;
 
 struct ControllerOptions {
+  std::string version;  // of the coordinator; workers of another one are refused. "": any may come
   absl::Duration heartbeat_interval = absl::Seconds(2);
   absl::Duration lease = absl::Seconds(15);
   absl::Duration cause_grace = absl::Milliseconds(750);  // how long a broken link waits for its cause; the agents look twice a second
@@ -96,7 +97,8 @@ class JobController : public Controller {
   // True: all ranks have answered, `out` has it all. Subscribers of the job are called when something came.
   absl::StatusOr<bool> TakeTrace(const std::string& id, int64_t trace, std::deque<v1::TraceJobResponse>* out);
 
-  // The worker stream, on the controller's thread, in a body. OnHello answers INVALID_ARGUMENT for a hello that makes no sense.
+  // The worker stream, on the controller's thread, in a body. OnHello answers INVALID_ARGUMENT for a hello that makes no sense,
+  // FAILED_PRECONDITION (VERSION_MISMATCH) for a worker of another version.
   absl::Status OnHello(const std::shared_ptr<WorkerLink>& link, const v1::WorkerHello& hello);
   absl::Status OnWorkerMessage(const std::shared_ptr<WorkerLink>& link, const v1::WorkerMessage& message);
   void OnWorkerClosed(const std::shared_ptr<WorkerLink>& link);
@@ -128,7 +130,7 @@ class JobController : public Controller {
     std::vector<v1::FileRef> init_adapter;
     AttemptFailures failures;  // not empty: wait for a better cause until failure_deadline
     absl::Time failure_deadline;
-    std::vector<v1::CheckpointManifest> checkpoints;  // by step
+    std::vector<v1::CheckpointManifest> checkpoints;  // by step; the damaged ones are in the store alone
     absl::optional<TraceRun> trace;                   // kept over attempts
     std::map<int64_t, absl::Time> first_written;      // checkpoint step -> when the first rank's file came
     int64_t queued_unix_ms = 0;
@@ -212,6 +214,8 @@ class JobController : public Controller {
   void OnExported(JobEntry& job, const v1::RankReport& report);
   void OnExited(JobEntry& job, const WorkerEntry& worker, const v1::RankReport& report);
   void CommitCheckpoint(JobEntry& job, v1::CheckpointManifest manifest);
+  // Nothing goes on from it any more, nor from those that need it.
+  void MarkDamaged(JobEntry& job, int64_t step, const std::string& why);
   void DropUnreferenced(const std::set<std::string>& contents);
   void OnTrace(JobEntry& job, const WorkerEntry& worker, const v1::RankPlan& rank, const v1::RankTrace& trace);
 

@@ -1,4 +1,7 @@
 // What ranks report, and what follows for their job.
+#include <algorithm>
+#include <iterator>
+#include <map>
 #include <set>
 #include <utility>
 
@@ -83,8 +86,16 @@ void JobController::OnCurrentReport(JobEntry& job, const WorkerEntry& worker, co
       return OnFinished(job, report);
     case v1::TrainerReport::kExported:
       return OnExported(job, report);
-    case v1::TrainerReport::kFailure:
-      return OnFailure(job, FailureOf(body.failure(), key.rank(), status.step()));
+    case v1::TrainerReport::kFailure: {
+      Failure failure = FailureOf(body.failure(), key.rank(), status.step());
+      const int64_t resume_step = job.record.resume_step();
+      if (failure.reason.code() == "CHECKPOINT_CORRUPT" && resume_step > 0) {
+        failure.costs_checkpoint = true;
+        // An agent names the step; a trainer has only what it was told to go on from.
+        MarkDamaged(job, body.failure().step() > 0 ? body.failure().step() : resume_step, failure.reason.message());
+      }
+      return OnFailure(job, failure);
+    }
     case v1::TrainerReport::kExited:
       return OnExited(job, worker, report);
     case v1::TrainerReport::kTrace:
@@ -191,6 +202,39 @@ void JobController::CommitCheckpoint(JobEntry& job, v1::CheckpointManifest manif
     metrics_->SetCheckpointTime(id, now);
     metrics_->ObserveCheckpointSave(took);
   });
+}
+
+void JobController::MarkDamaged(JobEntry& job, int64_t step, const std::string& why) {
+  const auto has_step = [](int64_t wanted) { return [wanted](const v1::CheckpointManifest& one) { return one.state().step() == wanted; }; };
+  if (std::none_of(job.checkpoints.begin(), job.checkpoints.end(), has_step(step))) return;  // another rank has said so
+  const v1::JobSpec& spec = job.record.job().spec();
+  std::map<int64_t, std::string> damage = {{step, why}};
+  std::vector<v1::CheckpointManifest> others;
+  std::remove_copy_if(job.checkpoints.begin(), job.checkpoints.end(), std::back_inserter(others), has_step(step));
+  const v1::CheckpointManifest* newest = NewestUsable(others, spec.checkpoint().load_best_model_at_end() && job.record.prepared().has_eval_tokens());
+  const int64_t newest_step = newest == nullptr ? 0 : newest->state().step();
+  for (const v1::CheckpointManifest& other : others) {
+    if (other.state().step() > newest_step) damage[other.state().step()] = absl::StrCat("it needs the checkpoint of step ", step, ": ", why);
+  }
+  std::vector<v1::CheckpointManifest> good;
+  for (v1::CheckpointManifest& manifest : job.checkpoints) {
+    const auto bad = damage.find(manifest.state().step());
+    if (bad == damage.end()) {
+      good.push_back(std::move(manifest));
+      continue;
+    }
+    manifest.set_damage(bad->second);
+    if (const absl::Status put = store_->PutCheckpoint(manifest); !put.ok()) return Broken(put);
+  }
+  job.checkpoints = std::move(good);
+  job.record.mutable_job()->mutable_status()->set_checkpoint_step(newest_step);
+  job.changed = true;
+  const std::string next =
+      newest_step > 0 ? absl::StrCat("the job goes back to the one of step ", newest_step) : "no older one is left: the job starts again from the beginning";
+  v1::Event note = Note(job.record, MakeReason("CHECKPOINT_CORRUPT", absl::StrCat("the checkpoint of step ", step, " is not used any more; ", next, ": ", why)),
+                        "coordinator", options_.wall());
+  note.set_step(step);
+  Append(job, note);
 }
 
 // Rows of contents that nothing names any more go now, the files after the commit.

@@ -34,6 +34,18 @@ absl::Status CheckHello(const v1::WorkerHello& hello) {
   return absl::OkStatus();
 }
 
+// Processes of two versions may not mean the same by one message.
+absl::Status CheckVersion(const v1::WorkerHello& hello, const std::string& version) {
+  if (version.empty() || hello.version() == version) return absl::OkStatus();
+  const std::string theirs = hello.version().empty() ? "of an unknown version" : absl::StrCat("version ", hello.version());
+  absl::Status status = absl::FailedPreconditionError(absl::StrCat("the ppft-worker \"", hello.name(), "\" at ", hello.address(), " is ", theirs,
+                                                                   " and the coordinator is version ", version, ": both must be of one version; install ppft ",
+                                                                   version, " on the worker's host and start the worker again"));
+  net::SetErrorInfo(&status, {"VERSION_MISMATCH", {{"worker", hello.version()}, {"coordinator", version}}});
+  LogWarning("refused: ", status.message());
+  return status;
+}
+
 absl::Status NameInUse(const v1::Worker& incumbent, absl::Duration lease) {
   const std::string& host = incumbent.host().hostname();
   absl::Status status = absl::AlreadyExistsError(
@@ -63,6 +75,7 @@ JobController::WorkerEntry* JobController::ByLink(const std::shared_ptr<WorkerLi
 
 absl::Status JobController::OnHello(const std::shared_ptr<WorkerLink>& link, const v1::WorkerHello& hello) {
   if (absl::Status status = CheckHello(hello); !status.ok()) return status;
+  if (absl::Status status = CheckVersion(hello, options_.version); !status.ok()) return status;
   WorkerEntry& worker = EntryOf(hello.name());
   const bool known = worker.shown.incarnation() == hello.incarnation();
   if (worker.link != nullptr && worker.link != link) {

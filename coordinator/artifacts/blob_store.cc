@@ -28,8 +28,8 @@ absl::Status HashPrefix(int fd, int64_t size, Sha256* sha) {
   while (at < size) {
     const ssize_t got = pread(fd, buffer.data(), static_cast<size_t>(std::min<int64_t>(size - at, static_cast<int64_t>(buffer.size()))), at);
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return ErrnoStatus(errno, "partial upload");
-    if (got == 0) return absl::DataLossError("a partial upload became shorter");
+    if (got < 0) return ErrnoStatus(errno, "read");
+    if (got == 0) return absl::DataLossError("it became shorter");
     sha->Update(absl::string_view(buffer.data(), static_cast<size_t>(got)));
     at += got;
   }
@@ -45,7 +45,7 @@ absl::StatusOr<std::unique_ptr<BlobStore>> BlobStore::Open(const std::string& da
   if (statvfs(data_dir.c_str(), &disk) == 0) reserve_bytes = std::min(reserve_bytes, static_cast<int64_t>(disk.f_blocks / 16 * disk.f_frsize));
   std::unique_ptr<BlobStore> store(new BlobStore(data_dir, reserve_bytes));
   PPFT_RETURN_IF_ERROR(RemoveAll(JoinPath(data_dir, "tmp")));
-  for (const char* folder : {"blobs", "partial", "tmp"}) PPFT_RETURN_IF_ERROR(MakeDirs(JoinPath(data_dir, folder)));
+  for (const char* folder : {"blobs", "partial", "tmp", "damaged"}) PPFT_RETURN_IF_ERROR(MakeDirs(JoinPath(data_dir, folder)));
   for (int i = 0; i < 256; ++i) {
     const std::string folder = JoinPath(data_dir, absl::StrFormat("blobs/%02x", i));
     if (mkdir(folder.c_str(), 0700) != 0 && errno != EEXIST) return ErrnoStatus(errno, folder);
@@ -59,11 +59,15 @@ absl::StatusOr<std::unique_ptr<BlobStore>> BlobStore::Open(const std::string& da
 }
 
 void BlobStore::DropOldPartials() const {
-  const auto partials = ListDir(JoinPath(data_dir_, "partial"));
-  if (!partials.ok()) return;
-  for (const std::string& name : *partials) {
-    struct stat info;
-    if (stat(PartialPath(name).c_str(), &info) == 0 && info.st_mtime + kPartialLifetimeSeconds < std::time(nullptr)) DropPartial(name);
+  for (const char* folder : {"partial", "damaged"}) {
+    const auto names = ListDir(JoinPath(data_dir_, folder));
+    if (!names.ok()) continue;
+    for (const std::string& name : *names) {
+      const std::string path = JoinPath(JoinPath(data_dir_, folder), name);
+      struct stat info;
+      // Best effort: the next start tries again.
+      if (stat(path.c_str(), &info) == 0 && info.st_mtime + kPartialLifetimeSeconds < std::time(nullptr)) unlink(path.c_str());
+    }
   }
 }
 
@@ -205,6 +209,22 @@ absl::Status BlobStore::Upload::Commit() {
 absl::Status BlobStore::Publish(const std::string& path, const std::string& sha256) {
   if (utimensat(AT_FDCWD, path.c_str(), nullptr, 0) != 0 || chmod(path.c_str(), 0400) != 0) return ErrnoStatus(errno, path);
   return RenameDurably(path, PathOf(sha256));
+}
+
+absl::Status BlobStore::Verify(const std::string& sha256) const {
+  PPFT_ASSIGN_OR_RETURN(const Fd fd, OpenBlob(sha256));
+  struct stat info;
+  if (fstat(fd.get(), &info) != 0) return ErrnoStatus(errno, PathOf(sha256));
+  Sha256 sha;
+  const absl::Status read = HashPrefix(fd.get(), info.st_size, &sha);
+  const std::string found = read.ok() ? sha.HexDigest() : "";
+  if (found == sha256) return absl::OkStatus();
+  const std::string path = PathOf(sha256);
+  const std::string aside = JoinPath(data_dir_, absl::StrCat("damaged/", sha256));
+  Touch(sha256);  // its week begins now
+  if (rename(path.c_str(), aside.c_str()) != 0) return ErrnoStatus(errno, path);
+  return absl::DataLossError(
+      absl::StrCat(path, " is damaged, ", read.ok() ? absl::StrCat("it has the sha256 ", found) : std::string(read.message()), "; it now lies at ", aside));
 }
 
 absl::StatusOr<std::string> BlobStore::MakeTemporaryDir(absl::string_view purpose) {

@@ -1,4 +1,4 @@
-// BlobStore: immutable files on disk, named by the SHA-256 of their bytes. EDGE for everything under DATA_DIR/{blobs,partial,tmp}.
+// BlobStore: immutable files on disk, named by the SHA-256 of their bytes. EDGE for everything under DATA_DIR/{blobs,partial,tmp,damaged}.
 //
 // A blob lies at blobs/ab/abcdef…, mode 0400, and is complete: bytes are collected in partial/ (an upload that was cut goes on there) or tmp/,
 // synced, checked, and only then renamed. After a power cut a partial file may hold anything; the final check finds that.
@@ -58,6 +58,8 @@ class BlobStore {
 
   // A missing blob is fine.
   absl::Status Delete(const std::string& sha256);
+  // Hashes the blob. DATA_LOSS if it is damaged, or cannot be read: it then lies in damaged/ for a week, and its name is free for the right bytes.
+  absl::Status Verify(const std::string& sha256) const;
 
   // For the sweep. A blob is as old as its last use by an upload or by AddFile: it is made young when it is published or found there.
   absl::StatusOr<std::vector<std::string>> ListOlderThan(absl::Time time) const;
@@ -66,7 +68,7 @@ class BlobStore {
   bool Touch(const std::string& sha256) const;
   // When this process opened the store, by the file system's clock.
   absl::Time open_time() const { return open_time_; }
-  // Partial uploads that nobody continued for a week.
+  // Partial uploads that nobody continued for a week, and what Verify put aside as long ago.
   void DropOldPartials() const;
   // Of an upload that nobody will continue.
   void DropPartial(const std::string& key) const;

@@ -29,6 +29,7 @@ absl::Status SendRange(const FileRange& range, int64_t offset, grpc::ServerConte
     data->resize(static_cast<size_t>(std::min(range.size_bytes - at, kMaxChunkBytes)));
     const ssize_t got = pread(range.fd.get(), data->data(), data->size(), range.offset + at);
     if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno == EIO) return absl::DataLossError("the disk cannot read the file any more");
     if (got < 0) return ErrnoStatus(errno, "read");
     if (got == 0) return absl::DataLossError("the file became shorter since it was registered; register the model again");
     data->resize(static_cast<size_t>(got));

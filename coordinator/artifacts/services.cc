@@ -10,6 +10,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "common/base/logging.h"
 #include "common/base/status.h"
 #include "common/net/status.h"
 #include "coordinator/artifacts/assembly.h"
@@ -258,6 +259,10 @@ absl::StatusOr<v1::ArtifactManifest> ArtifactServiceImpl::CheckpointArtifact(con
     bool found = false;
     for (const v1::CheckpointManifest& one : list) {  // by step: the newest that fits stays
       if (checkpoint == "best" ? !one.best() : checkpoint != "latest" && one.state().step() != step) continue;
+      if (!one.damage().empty()) {
+        if (one.state().step() == step) return absl::FailedPreconditionError(absl::StrCat("the checkpoint of step ", step, " cannot be used: ", one.damage()));
+        continue;
+      }
       chosen = one;
       found = true;
     }
@@ -296,9 +301,9 @@ grpc::Status ArtifactServiceImpl::GetManifest(grpc::ServerContext*, const v1::Ge
         return absl::NotFoundError(absl::StrCat("the job ", id, " made no artifact of the type ", type, "; output.formats says which ones it makes"));
       }
       PPFT_ASSIGN_OR_RETURN(const std::vector<v1::CheckpointManifest> checkpoints, store.ListCheckpoints(id));
-      return absl::FailedPreconditionError(
-          absl::StrCat("the job ", id, " has no final model: it is ", v1::JobState_Name(job->status().state()).substr(10),
-                       checkpoints.empty() ? " and has no checkpoint" : "; a checkpoint can be fetched with --checkpoint latest"));
+      const bool usable = std::any_of(checkpoints.begin(), checkpoints.end(), [](const v1::CheckpointManifest& one) { return one.damage().empty(); });
+      return absl::FailedPreconditionError(absl::StrCat("the job ", id, " has no final model: it is ", v1::JobState_Name(job->status().state()).substr(10),
+                                                        usable ? "; a checkpoint can be fetched with --checkpoint latest" : " and has no checkpoint"));
     });
   };
   return Reply(get(), response);
@@ -346,6 +351,14 @@ grpc::Status ArtifactServiceImpl::CreateAdapter(grpc::ServerContext*, const v1::
 }
 
 grpc::Status WorkerFilesImpl::FetchFile(grpc::ServerContext* context, const v1::FetchFileRequest* request, grpc::ServerWriter<v1::FileChunk>* writer) {
+  if (request->check()) {
+    absl::Status status = blobs_->Verify(request->sha256());
+    if (absl::IsDataLoss(status)) {
+      LogError(status.message());
+      net::SetErrorInfo(&status, {"CONTENT_DAMAGED", {}});
+      return Reply(status);
+    }
+  }
   auto range = OpenBlobRange(*blobs_, request->sha256());
   if (absl::IsNotFound(range.status())) range = models_->OpenTensor(request->sha256(), request->check());
   if (!range.ok()) return Reply(range.status());

@@ -44,6 +44,17 @@ const v1::CheckpointManifest* BestCheckpoint(const std::vector<v1::CheckpointMan
   return best;
 }
 
+const v1::CheckpointManifest* NewestUsable(const std::vector<v1::CheckpointManifest>& manifests, bool needs_best) {
+  std::set<int64_t> there;
+  const v1::CheckpointManifest* newest = nullptr;
+  for (const v1::CheckpointManifest& manifest : manifests) {
+    there.insert(manifest.state().step());
+    const int64_t best = manifest.state().best_step();
+    if (!needs_best || best == 0 || there.count(best) > 0) newest = &manifest;
+  }
+  return newest;
+}
+
 std::vector<int64_t> CheckpointsToDelete(const std::vector<v1::CheckpointManifest>& manifests, int save_total_limit, const std::set<int64_t>& needed) {
   std::vector<int64_t> gone;
   const v1::CheckpointManifest* best = BestCheckpoint(manifests);

@@ -25,6 +25,10 @@ absl::optional<v1::CheckpointManifest> JoinCheckpoint(const v1::Plan& plan, cons
 // The best one: the newest that was the best when it was written. nullptr if none was. `manifests` by step.
 const v1::CheckpointManifest* BestCheckpoint(const std::vector<v1::CheckpointManifest>& manifests);
 
+// The newest one that a job can go on from; nullptr if there is none. `needs_best`: the best model so far is wanted at the end, so the checkpoint that holds it
+// has to be there, too.
+const v1::CheckpointManifest* NewestUsable(const std::vector<v1::CheckpointManifest>& manifests, bool needs_best);
+
 // Steps that save_total_limit lets go, oldest first; never the newest, the best, or one in `needed` (what a running attempt resumes from).
 std::vector<int64_t> CheckpointsToDelete(const std::vector<v1::CheckpointManifest>& manifests, int save_total_limit, const std::set<int64_t>& needed);
 

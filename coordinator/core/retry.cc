@@ -33,7 +33,7 @@ Failure FailureOf(const v1::Failure& report, int32_t rank, int64_t status_step) 
   if (failure.reason.owner().empty()) failure.reason.set_owner("INFRASTRUCTURE");
   const std::string& code = failure.reason.code();
   failure.deterministic = code != "COMM_ERROR" && code != "WORKER_LOST" && code != "STAGE_HUNG" && code != "DISK_FULL" && code != "STALE_EPOCH" &&
-                          code != "OUT_OF_DEVICE_MEMORY";  // that is no user's comes from other processes on the device
+                          code != "CHECKPOINT_CORRUPT" && code != "OUT_OF_DEVICE_MEMORY";  // that is no user's comes from other processes on the device
   if (code == "COMM_ERROR") failure.peer = report.peer();
   const bool link = code == "COMM_ERROR" && report.peer() != rank;  // its own rank: the agent saw this process stand still
   failure.weight = failure.reason.owner() == "USER" ? Failure::kUserError : link ? Failure::kBrokenLink : Failure::kCause;
@@ -88,8 +88,7 @@ RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, i
   const bool good = failure.step - resume_step >= kGoodSteps;
   const int restarts = (good ? 0 : state.restarts()) + 1;
   if (restarts > max_restarts) {
-    decision.reason.set_message(
-        absl::StrCat(failure.reason.message(), " (after ", max_restarts, " restarts without ", kGoodSteps, " good steps in between)"));
+    decision.reason.set_message(absl::StrCat(failure.reason.message(), " (after ", max_restarts, " restarts without ", kGoodSteps, " good steps in between)"));
     decision.reason.set_remedy("repair the cause, then submit again; limits.max_restarts sets how often a job restarts by itself");
     return decision;
   }

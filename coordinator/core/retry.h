@@ -20,11 +20,11 @@ struct Failure {
   // How near it is to the first cause: a heavier one replaces a lighter one that waits. Light ones wait for a moment: a broken link, or an exit
   // without a reason, mostly follows from a peer's death.
   int weight = kCause;
-  int32_t rank = -1;   // who reported it; -1: the coordinator saw it
-  int32_t peer = -1;   // a broken link: the rank that was lost; -1: not known
-  bool exit = false;   // the agent's word about a trainer that ended, not the trainer's own
+  int32_t rank = -1;              // who reported it; -1: the coordinator saw it
+  int32_t peer = -1;              // a broken link: the rank that was lost; -1: not known
+  bool exit = false;              // the agent's word about a trainer that ended, not the trainer's own
   bool costs_checkpoint = false;  // it took a checkpoint away, of which there are only so many: the budget stays
-  std::string worker;  // whom it is counted against; "" = the worker of `rank`
+  std::string worker;             // whom it is counted against; "" = the worker of `rank`
 
   static constexpr int kBrokenLink = 1;
   static constexpr int kUnexplainedExit = 2;

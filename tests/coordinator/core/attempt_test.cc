@@ -87,6 +87,21 @@ TEST(Checkpoints, TheLimitNeverTakesTheNewestTheBestOrANeededOne) {
   for (const Case& c : cases) EXPECT_EQ(CheckpointsToDelete(c.manifests, c.limit, c.needed), c.gone) << c.sentence;
 }
 
+TEST(Checkpoints, TheNewestUsableOneHasItsBestBesideIt) {
+  const auto with_best = [](int64_t step, int64_t best) {
+    v1::CheckpointManifest manifest = At(step);
+    manifest.mutable_state()->set_best_step(best);
+    return manifest;
+  };
+  const auto step_of = [](const v1::CheckpointManifest* manifest) { return manifest == nullptr ? int64_t{-1} : manifest->state().step(); };
+  EXPECT_EQ(step_of(NewestUsable({}, true)), -1);
+  EXPECT_EQ(step_of(NewestUsable({At(10), At(20)}, true)), 20) << "nothing was evaluated yet";
+  EXPECT_EQ(step_of(NewestUsable({with_best(10, 10), with_best(20, 10)}, true)), 20);
+  EXPECT_EQ(step_of(NewestUsable({with_best(10, 10), with_best(30, 20)}, true)), 10);
+  EXPECT_EQ(step_of(NewestUsable({with_best(30, 20)}, true)), -1);
+  EXPECT_EQ(step_of(NewestUsable({with_best(30, 20)}, false)), 30);
+}
+
 TEST(Progress, AStepReportFillsTheStatus) {
   v1::JobStatus status;
   status.set_total_steps(100);

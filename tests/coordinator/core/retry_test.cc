@@ -186,7 +186,7 @@ TEST(Retry, ErrorsOfTheUserCountAgainstNoWorker) {
   *report.mutable_reason() = MakeReason("NUMERIC_DIVERGENCE", "the loss is NaN");
   Failure failure = FailureOf(report, 0, 5);
   failure.worker = "worker-1";
-  EXPECT_EQ(DecideRetry({}, failure, 5).state.failures_by_worker_size(), 0, 0);
+  EXPECT_EQ(DecideRetry({}, failure, 0, 5).state.failures_by_worker_size(), 0);
 }
 
 TEST(Retry, AFailureWithoutAReasonIsInfrastructure) {

@@ -28,6 +28,8 @@ inline v1::RankKey Key(const std::string& job, int64_t epoch, int rank) {
 
 class FakeWorker {
  public:
+  static constexpr char kWorkerVersion[] = "1.0.0";
+
   FakeWorker(const std::string& server, std::string name, std::string incarnation, int devices = 1, std::string problem = "")
       : name_(std::move(name)), incarnation_(std::move(incarnation)), devices_(devices), problem_(std::move(problem)) {
     Connect(server);
@@ -52,6 +54,7 @@ class FakeWorker {
     hello.set_name(name_);
     hello.set_incarnation(incarnation_);
     hello.set_address("127.0.0.1");
+    hello.set_version(kWorkerVersion);
     if (!problem_.empty()) hello.add_problems(problem_);
     for (int i = 0; i < devices_; ++i) {
       v1::Device& device = *hello.add_devices();

@@ -13,8 +13,10 @@
 namespace ppft::coordinator {
 namespace {
 
+using testing::AllOf;
 using testing::ElementsAre;
 using testing::HasSubstr;
+using testing::IsEmpty;
 
 v1::TrainerReport Step(int64_t step, double loss = 1) {
   v1::TrainerReport report;
@@ -46,6 +48,14 @@ v1::TrainerReport Exported(int rank) {
 v1::TrainerReport Killed(int signal) {
   v1::TrainerReport report;
   report.mutable_exited()->set_signal(signal);
+  return report;
+}
+
+v1::TrainerReport Corrupt(int64_t step) {
+  v1::TrainerReport report;
+  *report.mutable_failure()->mutable_reason() = MakeReason("CHECKPOINT_CORRUPT", "rank-0.safetensors is damaged");
+  report.mutable_failure()->set_step(step);
+  report.mutable_failure()->set_peer(-1);
   return report;
 }
 
@@ -473,6 +483,52 @@ TEST_F(JobLifeTest, RestartsEndWhenTheBudgetIsSpent) {
     workers_[0]->Report(Key(id, epoch, 0), Killed(SIGKILL));
   }
   EXPECT_EQ(WaitFor(id, v1::JOB_STATE_FAILED).status().reason().code(), "WORKER_CRASHED");
+}
+
+TEST_F(JobLifeTest, ADamagedCheckpointSendsTheJobBackToAnOlderOneAndThenToTheBeginning) {
+  Begin();
+  v1::JobSpec spec = Spec(2, "limits: {max_restarts: 1}\n");
+  spec.mutable_checkpoint()->set_save_total_limit(3);
+  const std::string id = Submit(spec);
+  MakeReady(id, 1);
+  for (int step = 1; step <= 5; ++step) workers_[1]->Report(Key(id, 1, 1), Step(step));
+  Save(id, 1, 2);
+  Save(id, 1, 4);
+  workers_[0]->Report(Key(id, 1, 0), Killed(SIGKILL));
+  EXPECT_EQ(workers_[0]->WaitForRank(0, 2).resume().state().step(), 4);
+  workers_[0]->Report(Key(id, 2, 0), Corrupt(4));
+  workers_[1]->Report(Key(id, 2, 1), Corrupt(4));  // both need the file
+  EXPECT_EQ(workers_[0]->WaitForRank(0, 3).resume().state().step(), 2);
+  EXPECT_THAT(MetricSteps(id), ElementsAre(1, 2));
+  EXPECT_EQ(Get(id).status().checkpoint_step(), 2);
+
+  // What is damaged stays so when the coordinator starts again.
+  Down();
+  Up();
+  for (const auto& worker : workers_) worker->Connect(address_);
+  auto checkpoints = controller_->Run([&](JobStore& store) { return store.ListCheckpoints(id); });
+  ASSERT_EQ(checkpoints->size(), 2u);
+  EXPECT_EQ((*checkpoints)[0].damage(), "");
+  EXPECT_EQ((*checkpoints)[1].damage(), "rank-0.safetensors is damaged");
+  workers_[0]->Report(Key(id, 3, 0), Corrupt(2));
+  EXPECT_FALSE(workers_[0]->WaitForRank(0, 4).has_resume());
+  EXPECT_THAT(MetricSteps(id), IsEmpty());
+  EXPECT_EQ(Get(id).status().step(), 0);
+
+  // The same steps are saved again; the job ends although its one restart is spent.
+  MakeReady(id, 4);
+  Save(id, 4, 2);
+  Save(id, 4, 4);
+  checkpoints = controller_->Run([&](JobStore& store) { return store.ListCheckpoints(id); });
+  for (const v1::CheckpointManifest& one : *checkpoints) EXPECT_EQ(one.damage(), "") << one.state().step();
+  Finish(id, 4);
+  std::vector<std::string> notes;
+  for (const v1::Event& event : Events(id)) {
+    if (event.from() == event.to() && event.reason().code() == "CHECKPOINT_CORRUPT")
+      notes.push_back(absl::StrCat(event.step(), ": ", event.reason().message()));
+  }
+  EXPECT_THAT(notes, ElementsAre(AllOf(HasSubstr("4: "), HasSubstr("goes back to the one of step 2"), HasSubstr("rank-0.safetensors is damaged")),
+                                 AllOf(HasSubstr("2: "), HasSubstr("starts again from the beginning"))));
 }
 
 // The WAL cannot grow: what was promised stays, what could not be written is refused, and the service goes on when there is room.

@@ -5,6 +5,7 @@
 
 #include <thread>
 
+#include "common/net/status.h"
 #include "coordinator/coordinator.h"
 #include "tests/coordinator/service/fake_worker.h"
 #include "tests/coordinator/service/test_service.h"
@@ -12,6 +13,7 @@
 namespace ppft::coordinator {
 namespace {
 
+using testing::AllOf;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
@@ -284,6 +286,27 @@ TEST_F(JobServiceTest, TheClusterShowsWorkersAndFreeDevices) {
   ASSERT_TRUE(cluster_->ListWorkers(&other, {}, &workers).ok());
   ASSERT_EQ(workers.workers_size(), 1);
   EXPECT_EQ(workers.workers(0).state(), "ready");
+}
+
+TEST_F(JobServiceTest, AWorkerOfAnotherVersionIsRefusedAndToldTheRemedy) {
+  Down();
+  options_.version = "1.0.1";
+  Up();
+  FakeWorker worker(address_, "worker-0", "first");
+  EXPECT_FALSE(worker.WaitForWelcome());
+  const grpc::Status end = worker.WaitForEnd();
+  EXPECT_EQ(end.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_EQ(net::GetErrorInfo(net::StatusFromGrpc(end)).reason, "VERSION_MISMATCH");
+  EXPECT_THAT(end.error_message(), AllOf(HasSubstr("is version 1.0.0 and the coordinator is version 1.0.1"), HasSubstr("install ppft 1.0.1")));
+  grpc::ClientContext context;
+  v1::ListWorkersResponse workers;
+  ASSERT_TRUE(cluster_->ListWorkers(&context, {}, &workers).ok());
+  EXPECT_EQ(workers.workers_size(), 0);
+  Down();
+  options_.version = FakeWorker::kWorkerVersion;
+  Up();
+  worker.Connect(address_);
+  EXPECT_TRUE(worker.WaitForWelcome());
 }
 
 TEST_F(JobServiceTest, AStreamThatDoesNotBeginWithHelloIsRefused) {
