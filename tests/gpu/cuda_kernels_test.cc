@@ -160,7 +160,7 @@ TEST_P(CudaKernelsTest, SwiGluAndItsGradient) {
 
 // The gradients are SwiGluBackward's, the sums those of products up to their order; equal inputs give equal sums.
 TEST_P(CudaKernelsTest, SwiGluBackwardWithSums) {
-  for (const Shape& s : {Shape{1024, 64, 16}, {2111, 8192, 16}, {4096, 320, 0}}) {
+  for (const Shape& s : {Shape{1024, 128, 16}, {2111, 8192, 16}, {4096, 384, 0}}) {
     SCOPED_TRACE(std::to_string(s.columns) + " columns");
     const at::Tensor gate_up = Device(Random({s.rows, 2 * s.columns}, 2.0)), dout = Device(Random({s.rows, s.columns}), s.padding);
     const at::Tensor lora = Device(Random({s.rows, 32})), d = Device(Random({s.rows, 16}), 8), want = at::empty_like(gate_up), gated = at::empty_like(dout);
@@ -198,7 +198,7 @@ TEST_P(CudaKernelsTest, SwiGluOfLargeGates) {
 }
 
 TEST_P(CudaKernelsTest, CrossEntropyLossAndGradient) {
-  for (const Shape& s : {Shape{3, 37, 0}, {5, 1100, 3}, {64, 32000, 0}, {48, 128256, 0}}) {
+  for (const Shape& s : {Shape{3, 37, 0}, {5, 1100, 3}, {64, 32000, 0}, {48, 128256, 0}, {3, 300001, 0}, {5, 640000, 0}}) {
     SCOPED_TRACE(std::to_string(s.columns) + " columns");
     const at::Tensor logits = Random({s.rows, s.columns}, 4.0), targets = at::randint(s.columns, {s.rows}, at::kLong);
     const at::Tensor device = Device(logits, s.padding), untouched = Device(logits), on_device = targets.to(OnGpu(at::kLong));
@@ -262,14 +262,16 @@ TEST_P(CudaKernelsTest, SumsTakeProductsInFp32) {
 }
 
 TEST_P(CudaKernelsTest, CrossEntropyIsTheSameTwice) {
-  const at::Tensor logits = Device(Random({700, 4096}, 4.0)), targets = at::randint(4096, {700}, at::kLong).to(OnGpu(at::kLong));
-  at::Tensor gradients[2], losses[2];
-  for (int i = 0; i < 2; ++i) {
-    gradients[i] = logits.clone();
-    losses[i] = at::zeros({1}, OnGpu(at::kDouble));
-    gpu_.CrossEntropy(gradients[i], targets, 1.0, true, losses[i]);
+  for (const int64_t columns : {4096, 128256}) {
+    const at::Tensor logits = Device(Random({700, columns}, 4.0)), targets = at::randint(columns, {700}, at::kLong).to(OnGpu(at::kLong));
+    at::Tensor gradients[2], losses[2];
+    for (int i = 0; i < 2; ++i) {
+      gradients[i] = logits.clone();
+      losses[i] = at::zeros({1}, OnGpu(at::kDouble));
+      gpu_.CrossEntropy(gradients[i], targets, 1.0, true, losses[i]);
+    }
+    EXPECT_TRUE(at::equal(gradients[0], gradients[1]) && at::equal(losses[0], losses[1]));
   }
-  EXPECT_TRUE(at::equal(gradients[0], gradients[1]) && at::equal(losses[0], losses[1]));
 }
 
 TEST_P(CudaKernelsTest, DropoutHasTheBitsOfTheCpu) {
