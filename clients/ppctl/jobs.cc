@@ -269,14 +269,16 @@ Result Checkpoints(Context& context, const std::string& id) {
   if (context.PrintMessage(response)) return kOk;
   // Each was marked when it was written; only the newest mark still holds.
   int64_t best_step = -1;
-  for (const v1::CheckpointManifest& checkpoint : response.checkpoints()) best_step = checkpoint.best() ? checkpoint.state().step() : best_step;
-  std::vector<std::vector<std::string>> rows = {{"STEP", "EVAL_LOSS", "BEST", "SIZE", "CREATED"}};
+  for (const v1::CheckpointManifest& checkpoint : response.checkpoints())
+    best_step = checkpoint.best() && checkpoint.damage().empty() ? checkpoint.state().step() : best_step;
+  std::vector<std::vector<std::string>> rows = {{"STEP", "EVAL_LOSS", "BEST", "SIZE", "CREATED", "STATE"}};
   for (const v1::CheckpointManifest& checkpoint : response.checkpoints()) {
     int64_t bytes = 0;
     for (const v1::FileRef& file : checkpoint.files()) bytes += file.size_bytes();
-    if (context.format == Format::kName) context.out() << "step:" << checkpoint.state().step() << "\n";
+    if (context.format == Format::kName && checkpoint.damage().empty()) context.out() << "step:" << checkpoint.state().step() << "\n";
     rows.push_back({absl::StrCat(checkpoint.state().step()), Optional(checkpoint.has_eval_loss(), checkpoint.eval_loss()),
-                    checkpoint.state().step() == best_step ? "best" : "-", FormatBytes(bytes), Time(checkpoint.create_time())});
+                    checkpoint.state().step() == best_step ? "best" : "-", FormatBytes(bytes), Time(checkpoint.create_time()),
+                    checkpoint.damage().empty() ? "good" : "damaged"});
   }
   if (context.format == Format::kTable) context.out() << FormatTable(rows);
   return kOk;

@@ -137,15 +137,16 @@ class LeafChecker {
     const std::vector<std::string> words = WordsOf(rule);
     // Unset: RuleChecker says what may not be; or left so by a client that does not know the field.
     if (value.empty() && (!*rule.fallback || rule.is_newer)) return;
-    if (std::find(words.begin(), words.end(), value) == words.end()) return Add(path, NotAWord(words, value));
+    if (std::find(words.begin(), words.end(), value) == words.end()) return Add(path, NotAWord(rule, value));
     const std::string refusal = NotSupportedYet(PatternOf(path), value);
     if (!refusal.empty()) Add(path, refusal);
   }
 
-  static std::string NotAWord(const std::vector<std::string>& words, const std::string& value) {
+  static std::string NotAWord(const Rule& rule, const std::string& value) {
+    const std::vector<std::string> words = SupportedWordsOf(rule);
     const std::string nearest = Nearest(value, words);
     return absl::StrCat(Quote(value), " is not known", nearest.empty() ? "" : absl::StrCat("; did you mean ", nearest, "?"),
-                        nearest.empty() ? ": use one of " : " Use one of ", absl::StrJoin(words, ", "));
+                        nearest.empty() ? ": use " : " Use ", words.size() == 1 ? "" : "one of ", absl::StrJoin(words, ", "));
   }
 
   void Words(const Rule& rule, const std::string& path, const Message& message, const FieldDescriptor* field) {
@@ -157,7 +158,7 @@ class LeafChecker {
       const std::string value = message.GetReflection()->GetRepeatedString(message, field, i);
       const std::string item = absl::StrCat(path, "[", i, "]");
       if (std::find(words.begin(), words.end(), value) == words.end()) {
-        Add(item, NotAWord(words, value));
+        Add(item, NotAWord(rule, value));
       } else if (!seen.insert(value).second) {
         Add(item, absl::StrCat(Quote(value), " stands there twice: remove one"));
       }

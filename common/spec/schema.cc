@@ -8,6 +8,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
+#include "common/spec/support.h"
 
 namespace ppft::spec {
 namespace {
@@ -170,6 +171,14 @@ const Rule* FindRule(absl::string_view pattern) {
 
 std::vector<std::string> WordsOf(const Rule& rule) { return absl::StrSplit(rule.words, ' ', absl::SkipEmpty()); }
 
+std::vector<std::string> SupportedWordsOf(const Rule& rule) {
+  std::vector<std::string> words;
+  for (std::string& word : WordsOf(rule)) {
+    if (NotSupportedYet(rule.path, word).empty()) words.push_back(std::move(word));
+  }
+  return words;
+}
+
 std::string Describe(const Rule& rule) {
   const std::string zero = *rule.zero_word ? absl::StrCat(" or ", rule.zero_word) : rule.auto_is_default ? " or auto" : "";
   switch (rule.kind) {
@@ -178,9 +187,9 @@ std::string Describe(const Rule& rule) {
     case Kind::kName:
       return absl::StrCat("a text of 1 to ", Plain(rule.high), " bytes without control characters");
     case Kind::kWord:
-      return absl::StrCat("one of ", absl::StrJoin(WordsOf(rule), ", "));
+      return absl::StrCat("one of ", absl::StrJoin(SupportedWordsOf(rule), ", "));
     case Kind::kWords:
-      return absl::StrCat("a list of some of ", absl::StrJoin(WordsOf(rule), ", "));
+      return absl::StrCat("a list of some of ", absl::StrJoin(SupportedWordsOf(rule), ", "));
     case Kind::kInt:
       return absl::StrCat("a whole number ", RangeWords(rule), zero);
     case Kind::kInts:

@@ -45,6 +45,8 @@ const std::vector<Rule>& Schema();
 const Rule* FindRule(absl::string_view pattern);
 // The words of a rule, split.
 std::vector<std::string> WordsOf(const Rule& rule);
+// Those that are supported (support.h): what a user is told to write.
+std::vector<std::string> SupportedWordsOf(const Rule& rule);
 // "a whole number from 1 to 1024", "one of a, b, c": what may be written there.
 std::string Describe(const Rule& rule);
 

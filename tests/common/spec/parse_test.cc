@@ -218,6 +218,11 @@ TEST(Parse, RefusesWrongDatasets) {
   EXPECT_THAT(with("{datasets: [{type: completion}]}"), HasSubstr("data.datasets[0].path: is missing"));
   EXPECT_THAT(with("{datasets: [{path: a, type: alpaca}]}"), HasSubstr("data.datasets[0].type: \"alpaca\" is not supported yet"));
   EXPECT_THAT(with("{datasets: [{path: a, type: complete}]}"), HasSubstr("did you mean completion?"));
+  for (const char* word : {"parquet", "alpacca"}) {
+    EXPECT_THAT(with(absl::StrCat("{datasets: [{path: a, type: ", word, "}]}")),
+                HasSubstr(absl::StrCat("\"", word, "\" is not known: use one of summarization, prompt_completion, completion\n")))
+        << "only what is supported";
+  }
   EXPECT_THAT(with("{datasets: [{path: a, type: summarization, field_map: {dokument: x}}]}"), HasSubstr("did you mean document?"));
   EXPECT_THAT(with("{datasets: [{path: a, type: prompt_completion, field_map: {prompt: input, completion: input}}]}"),
               HasSubstr("job.yaml:2:54: data.datasets[0].field_map: gives the key \"input\" to two parts of a row, prompt and completion"));

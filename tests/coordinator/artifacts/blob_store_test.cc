@@ -1,6 +1,7 @@
 // BlobStore: resume, damage, a full disk, two uploaders.
 #include "coordinator/artifacts/blob_store.h"
 
+#include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -105,6 +106,30 @@ TEST_F(BlobStoreTest, DamagedBlobIsNotRead) {
   ASSERT_EQ(chmod(path.c_str(), 0600), 0);
   ASSERT_TRUE(WriteFileAtomic(path, "fixe").ok());
   EXPECT_EQ(store_->Read(Sha256Hex("fine"), 100).status().code(), absl::StatusCode::kDataLoss);
+}
+
+TEST_F(BlobStoreTest, WhatIsFoundDamagedMakesRoomForTheRightBytes) {
+  const std::string bytes(3 << 20, 'x');
+  const std::string sha = Sha256Hex(bytes);
+  ASSERT_TRUE(Put(bytes).ok());
+  EXPECT_TRUE(store_->Verify(sha).ok());
+  ASSERT_EQ(chmod(store_->PathOf(sha).c_str(), 0600), 0);
+  std::string damaged = bytes;
+  damaged[2 << 20] = 'y';
+  ASSERT_TRUE(WriteFileAtomic(store_->PathOf(sha), damaged).ok());
+  const absl::Status found = store_->Verify(sha);
+  EXPECT_EQ(found.code(), absl::StatusCode::kDataLoss);
+  EXPECT_THAT(std::string(found.message()), HasSubstr(Sha256Hex(damaged)));
+  EXPECT_EQ(*ReadFile(absl::StrCat(dir_, "/damaged/", sha)), damaged);
+  EXPECT_EQ(store_->Verify(sha).code(), absl::StatusCode::kNotFound);
+  ASSERT_TRUE(Put(bytes).ok());
+  EXPECT_TRUE(store_->Verify(sha).ok());
+  store_->DropOldPartials();
+  EXPECT_TRUE(PathExists(absl::StrCat(dir_, "/damaged/", sha))) << "it may still be looked at";
+  timespec long_ago[2] = {{1000, 0}, {1000, 0}};
+  ASSERT_EQ(utimensat(AT_FDCWD, absl::StrCat(dir_, "/damaged/", sha).c_str(), long_ago, 0), 0);
+  store_->DropOldPartials();
+  EXPECT_FALSE(PathExists(absl::StrCat(dir_, "/damaged/", sha)));
 }
 
 TEST_F(BlobStoreTest, RefusesNonsense) {

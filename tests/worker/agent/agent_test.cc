@@ -94,11 +94,17 @@ class FakeCoordinator final : public v1::WorkerService::Service {
       net::SetErrorInfo(&changed, {"MODEL_INVALID", {}});
       return net::ToGrpcStatus(changed);
     }
+    if (request->sha256() == damaged && request->check()) {
+      absl::Status status = absl::DataLossError("its content is damaged");
+      net::SetErrorInfo(&status, {"CONTENT_DAMAGED", {}});
+      return net::ToGrpcStatus(status);
+    }
     const auto found = files.find(request->sha256());
     if (found == files.end()) return grpc::Status(grpc::StatusCode::NOT_FOUND, "no such content");
     v1::FileChunk chunk;
     chunk.set_offset(request->offset());
     chunk.set_data(found->second.substr(static_cast<size_t>(request->offset())));
+    if (request->sha256() == damaged) chunk.mutable_data()->back() ^= 1;
     writer->Write(chunk);
     return grpc::Status::OK;
   }
@@ -169,6 +175,7 @@ class FakeCoordinator final : public v1::WorkerService::Service {
   bool name_taken = false;  // every hello is refused
   std::string version;      // not empty: every hello is of another one
   int turned_away = 0;
+  std::string damaged;                                                       // content that has changed on the coordinator's disk
   std::string changed_model;                                                 // content that the coordinator does not have any more
   v1::TrainerReport::ReportCase refuse = v1::TrainerReport::REPORT_NOT_SET;  // ends the stream that carries one
   int refusals = 0;
@@ -408,6 +415,28 @@ TEST_F(AgentTest, ATensorThatIsNotTheRegisteredOneIsTheModelsFailure) {
   EXPECT_EQ(reason.owner(), "USER");
   EXPECT_THAT(reason.message(), HasSubstr("fetching model.norm.weight: model.safetensors has changed"));
   EXPECT_THAT(reason.remedy(), HasSubstr("ppctl models register"));
+}
+
+TEST_F(AgentTest, ACheckpointThatTheCoordinatorHasLostOrDamagedIsNamed) {
+  for (const bool lost : {true, false}) {
+    v1::RankDirective rank = Rank("steps", lost ? 1 : 2);
+    rank.mutable_resume()->mutable_state()->set_step(40);
+    const v1::FileRef file = coordinator_.AddFile("rank-0.safetensors", "a checkpoint");
+    *rank.mutable_resume()->add_files() = file;
+    {
+      std::lock_guard<std::mutex> lock(coordinator_.mutex);
+      coordinator_.reports.clear();
+      if (lost) coordinator_.files.erase(file.sha256());
+      if (!lost) coordinator_.damaged = file.sha256();
+    }
+    coordinator_.Direct({rank});
+    ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("failure"); }));
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    const v1::Failure& failure = coordinator_.reports.back().report().failure();
+    EXPECT_EQ(failure.reason().code(), "CHECKPOINT_CORRUPT");
+    EXPECT_EQ(failure.step(), 40);
+    EXPECT_THAT(failure.reason().message(), HasSubstr("fetching rank-0.safetensors"));
+  }
 }
 
 TEST_F(AgentTest, ATraceIsPassedToTheTrainerAndItsAnswerBack) {
