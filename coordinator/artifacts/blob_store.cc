@@ -212,17 +212,19 @@ absl::Status BlobStore::Publish(const std::string& path, const std::string& sha2
 }
 
 absl::Status BlobStore::Verify(const std::string& sha256) const {
-  PPFT_ASSIGN_OR_RETURN(const Fd fd, OpenBlob(sha256));
-  struct stat info;
-  if (fstat(fd.get(), &info) != 0) return ErrnoStatus(errno, PathOf(sha256));
-  Sha256 sha;
-  const absl::Status read = HashPrefix(fd.get(), info.st_size, &sha);
-  const std::string found = read.ok() ? sha.HexDigest() : "";
-  if (found == sha256) return absl::OkStatus();
   const std::string path = PathOf(sha256);
   const std::string aside = JoinPath(data_dir_, absl::StrCat("damaged/", sha256));
-  Touch(sha256);  // its week begins now
-  if (rename(path.c_str(), aside.c_str()) != 0) return ErrnoStatus(errno, path);
+  const absl::StatusOr<Fd> fd = OpenBlob(sha256);
+  if (absl::IsNotFound(fd.status()) && PathExists(aside)) return absl::DataLossError(absl::StrCat(path, " was found damaged and now lies at ", aside));
+  PPFT_RETURN_IF_ERROR(fd.status());
+  struct stat info;
+  if (fstat(fd->get(), &info) != 0) return ErrnoStatus(errno, path);
+  Sha256 sha;
+  const absl::Status read = HashPrefix(fd->get(), info.st_size, &sha);
+  const std::string found = read.ok() ? sha.HexDigest() : "";
+  if (found == sha256) return absl::OkStatus();
+  Touch(sha256);                                                                                     // its week begins now
+  if (rename(path.c_str(), aside.c_str()) != 0 && errno != ENOENT) return ErrnoStatus(errno, path);  // another call may have found it, too
   return absl::DataLossError(
       absl::StrCat(path, " is damaged, ", read.ok() ? absl::StrCat("it has the sha256 ", found) : std::string(read.message()), "; it now lies at ", aside));
 }

@@ -58,7 +58,8 @@ class BlobStore {
 
   // A missing blob is fine.
   absl::Status Delete(const std::string& sha256);
-  // Hashes the blob. DATA_LOSS if it is damaged, or cannot be read: it then lies in damaged/ for a week, and its name is free for the right bytes.
+  // Hashes the blob. DATA_LOSS if it is damaged, or cannot be read: it then lies in damaged/ for a week, and its name is free for the right bytes;
+  // DATA_LOSS as well while it lies there alone.
   absl::Status Verify(const std::string& sha256) const;
 
   // For the sweep. A blob is as old as its last use by an upload or by AddFile: it is made young when it is published or found there.

@@ -351,7 +351,7 @@ grpc::Status ArtifactServiceImpl::CreateAdapter(grpc::ServerContext*, const v1::
 }
 
 grpc::Status WorkerFilesImpl::FetchFile(grpc::ServerContext* context, const v1::FetchFileRequest* request, grpc::ServerWriter<v1::FileChunk>* writer) {
-  if (request->check()) {
+  if (request->check() || !blobs_->Find(request->sha256())) {
     absl::Status status = blobs_->Verify(request->sha256());
     if (absl::IsDataLoss(status)) {
       LogError(status.message());

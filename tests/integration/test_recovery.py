@@ -107,3 +107,62 @@ def test_a_stopped_trainer_is_ended_and_the_job_goes_on(cluster, tiny):
     events = cluster.ppctl("events", job).stdout
     assert "COMM_ERROR" in events and ("lost rank" in events or "is stopped" in events), events
     assert cluster.trainers() == []
+
+
+DAMAGED_SPEC = {"adapter": {"lora_dropout": 0.1}, "data": {"val_set_size": 0.2, "shuffle": True}, "training": {"max_steps": 120, "learning_rate": 0.05, "max_grad_norm": 0},
+                "evaluation": {"eval_steps": 10}, "checkpoint": {"save_steps": 10, "save_total_limit": 3}, "limits": {"max_restarts": 1}}
+
+
+@pytest.fixture(scope="module")
+def overtrained(tiny, tmp_path_factory):
+    """Of a run whose best checkpoint is not its newest."""
+    cluster = Cluster(tmp_path_factory.mktemp("overtrained") / "cluster", 2, [tiny.folder.parent])
+    try:
+        cluster.ppctl("models", "register", tiny.name, tiny.folder)
+        job = cluster.submit(make_spec(tiny, write_rows(cluster.dir / "train.jsonl", short_rows(40)), **DAMAGED_SPEC))
+        cluster.finish(job)
+        folder = cluster.fetch(job)
+        return adapter_digest(folder), history(folder)
+    finally:
+        cluster.down()
+
+
+@pytest.mark.parametrize("which", ["newest", "best", "all"])
+def test_a_damaged_checkpoint_sends_the_job_back_to_an_older_one(cluster, overtrained, tiny, which):
+    job = cluster.submit(make_spec(tiny, write_rows(cluster.dir / "train.jsonl", short_rows(40)), **DAMAGED_SPEC))
+    assert reaches(cluster, job, 65)
+    trainers = cluster.trainers()
+    for pid in trainers:
+        os.kill(pid, signal.SIGSTOP)
+    listed = lambda: cluster.json("checkpoints", job)["checkpoints"]
+    kept = listed()
+    while True:  # what the trainers had written still arrives
+        time.sleep(0.5)
+        before, kept = kept, listed()
+        if before == kept:
+            break
+    steps = [int(one["state"]["step"]) for one in kept]
+    best = max(int(one["state"]["step"]) for one in kept if one.get("best"))
+    assert len(steps) == 3 and best < steps[-1], (steps, best)
+    hit = {"newest": steps[-1:], "best": [best], "all": steps}[which]
+    for checkpoint in kept:
+        if int(checkpoint["state"]["step"]) in hit:
+            sha256 = checkpoint["files"][-1]["sha256"]
+            with open(cluster.dir / "coordinator" / "blobs" / sha256[:2] / sha256, "r+b") as blob:
+                blob.seek(-5, os.SEEK_END)
+                byte = blob.read(1)
+                blob.seek(-1, os.SEEK_CUR)
+                blob.write(bytes([byte[0] ^ 1]))
+    for pid in trainers:
+        os.kill(pid, signal.SIGKILL)
+    cluster.finish(job)
+    folder = cluster.fetch(job)
+    assert adapter_digest(folder) == overtrained[0] and history(folder) == overtrained[1]
+    notes = [line for line in cluster.ppctl("events", job).stdout.splitlines() if "is not used any more" in line]
+    found = [int(re.search(r"the checkpoint of step (\d+) is not used", note)[1]) for note in notes]
+    assert found and set(found) <= set(hit), (found, hit)
+    if which == "newest":
+        assert len(notes) == 1 and "goes back to the one of step" in notes[0] and "damaged" in notes[0], notes
+    else:  # all that came after the best one need it
+        assert "starts again from the beginning" in notes[-1], notes
+    assert not any(one["damage"] for one in listed()), "all of these steps were saved again, or dropped"

@@ -280,7 +280,7 @@ absl::Status Trainer::LoadAdapterState() {
 
 absl::Status Trainer::RestoreCheckpoint() {
   const auto corrupt = [](const absl::Status& status, absl::string_view what) {
-    return WithReason(Annotate(status, what), "CHECKPOINT_CORRUPT", "INFRASTRUCTURE", "the checkpoint cannot be used; start the job again from the beginning");
+    return WithReason(Annotate(status, what), "CHECKPOINT_CORRUPT", "INFRASTRUCTURE", "the job goes on from an older checkpoint by itself");
   };
   const TrainingState& saved = *config_.resume;
   if (saved.data_sha256 != config_.train_tokens.sha256) {
