@@ -8,7 +8,6 @@
 #include <future>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <thread>
 #include <tuple>
 #include <utility>
@@ -58,7 +57,7 @@ class DeviceTransportImpl final : public DeviceTransport {
     DeviceLink link;
     std::unique_ptr<DeviceComm> comm;
     std::deque<UnderWay> under_way;  // whose memory is still needed
-    std::deque<Posted> deferred;     // receives that are not queued yet
+    std::deque<Posted> posted;       // receives that are not queued yet
   };
 
   // Tickets of the host transport are even, ours are odd.
@@ -88,7 +87,6 @@ class DeviceTransportImpl final : public DeviceTransport {
   int group_index_ = 0;
   std::map<Ticket, std::pair<Lane*, uint64_t>> queued_;  // posted receives: their lane and operation
   Ticket next_ticket_ = 1;
-  std::optional<int64_t> first_pass_;
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
@@ -232,15 +230,7 @@ absl::StatusOr<Ticket> DeviceTransportImpl::PostReceive(int peer, Channel channe
     std::lock_guard<std::mutex> lock(mutex_);
     counts_.received_bytes += buffer.bytes;
   }
-  Posted posted{ticket, std::move(buffer)};
-  // A kernel's first launch may wait for all that runs on the device, a receive that waits for its peer among it. In the first pass, when kernels are
-  // launched for the first time, receives are therefore queued only when they are needed.
-  if (!first_pass_.has_value()) first_pass_ = tag.pass;
-  if (tag.pass == *first_pass_) {
-    lane->deferred.push_back(std::move(posted));
-    return ticket;
-  }
-  PPFT_RETURN_IF_ERROR(Guarded(peer, [&] { Queue(lane, std::move(posted)); }));
+  lane->posted.push_back({ticket, std::move(buffer)});
   return ticket;
 }
 
@@ -267,11 +257,11 @@ absl::Status DeviceTransportImpl::Wait(Ticket ticket) {
   PPFT_RETURN_IF_ERROR(FirstCause());
   return Guarded(-1, [&] {
     for (Lane& lane : lanes_) {
-      const auto mine = std::find_if(lane.deferred.begin(), lane.deferred.end(), [&](const Posted& posted) { return posted.ticket == ticket; });
-      if (mine == lane.deferred.end()) continue;
-      for (auto left = mine - lane.deferred.begin() + 1; left > 0; --left) {
-        Queue(&lane, std::move(lane.deferred.front()));
-        lane.deferred.pop_front();
+      const auto mine = std::find_if(lane.posted.begin(), lane.posted.end(), [&](const Posted& posted) { return posted.ticket == ticket; });
+      if (mine == lane.posted.end()) continue;
+      for (auto left = mine - lane.posted.begin() + 1; left > 0; --left) {
+        Queue(&lane, std::move(lane.posted.front()));
+        lane.posted.pop_front();
       }
     }
     const auto found = queued_.find(ticket);
