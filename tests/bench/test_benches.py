@@ -1,6 +1,7 @@
 """The benches of GPUs run as a whole on CPU cores with small shapes. What they measure there means nothing; that the lines are whole and both sides train does."""
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,9 @@ import pytest
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent / "gpu"))
 from our_side import busy_share
+from random_model import make_apart
 from report import OURS, Target
 from workload import SHAPES, adapter_weights, step_flops
 
@@ -70,6 +73,16 @@ def test_model_flops(shape, weights, gflop):
 
 def line(side, speed=None, peak=None, **more):
     return {"case": "c", "side": side, "tokens_per_second": speed, "peak_gib": peak or {}, **more}
+
+
+def test_fetch_and_start(tmp_path):
+    make_apart(tmp_path / "models" / "tiny", "tiny", HERE.parents[1] / ".deps" / "models" / "stories15M")
+    done = subprocess.run([sys.executable, HERE / "fetch_start", tmp_path / "models" / "tiny"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["case"] for line in lines] == ["nothing-cached", "cached"]
+    fetched = [[int(number) for number in re.match(r"fetched (\d+) files, (\d+) bytes, (\d+) of them", line["fetch"][0]).groups()] for line in lines]
+    assert fetched[0][1] == fetched[0][2] and fetched[1][:2] == fetched[0][:2] and fetched[1][2] == 0, "the second job finds it all in the cache"
 
 
 @pytest.mark.parametrize("metric, lines, ratio, met", [
