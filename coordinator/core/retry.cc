@@ -33,7 +33,8 @@ Failure FailureOf(const v1::Failure& report, int32_t rank, int64_t status_step) 
   if (failure.reason.owner().empty()) failure.reason.set_owner("INFRASTRUCTURE");
   const std::string& code = failure.reason.code();
   failure.deterministic = code != "COMM_ERROR" && code != "WORKER_LOST" && code != "STAGE_HUNG" && code != "DISK_FULL" && code != "STALE_EPOCH" &&
-                          code != "CHECKPOINT_CORRUPT" && code != "OUT_OF_DEVICE_MEMORY";  // that is no user's comes from other processes on the device
+                          code != "CHECKPOINT_CORRUPT" && code != "STORE_UNREADABLE" &&
+                          code != "OUT_OF_DEVICE_MEMORY";  // that is no user's comes from other processes on the device
   if (code == "COMM_ERROR") failure.peer = report.peer();
   const bool link = code == "COMM_ERROR" && report.peer() != rank;  // its own rank: the agent saw this process stand still
   failure.weight = failure.reason.owner() == "USER" ? Failure::kUserError : link ? Failure::kBrokenLink : Failure::kCause;
@@ -70,7 +71,7 @@ RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, i
     decision.restart = true;
     return decision;
   }
-  if (!failure.worker.empty()) {
+  if (!failure.worker.empty() && failure.reason.owner() != "OPERATOR") {
     int32_t& count = (*decision.state.mutable_failures_by_worker())[failure.worker];
     if (++count == kExcludingFailures) decision.excluded = failure.worker;
   }

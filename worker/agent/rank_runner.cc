@@ -107,6 +107,9 @@ void RankRunner::Run() {
                                                "the job goes on from an older checkpoint by itself; look after the coordinator's disk");
       report.mutable_failure()->set_step(corrupt_step_);
       Enqueue(std::move(report));
+    } else if (cause == "CONTENT_DAMAGED") {
+      Enqueue(FailureReport("STORE_UNREADABLE", "OPERATOR", std::string(status.message()),
+                            "look after the coordinator's disk, then submit the job again: its training data is prepared anew"));
     } else if (cause == "MODEL_INVALID") {
       Enqueue(FailureReport("MODEL_INVALID", "USER", std::string(status.message()),
                             "put the file back as it was, or register the model again under another name: ppctl models register NAME FOLDER"));

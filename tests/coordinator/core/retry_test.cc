@@ -77,6 +77,21 @@ TEST(Retry, ADamagedCheckpointCostsNoRestartAndNoWorkersGoodName) {
   EXPECT_TRUE(ExcludedWorkers(state).empty());
 }
 
+TEST(Retry, DamageOfTheStoreIsNoStepsAndNoWorkersFault) {
+  v1::Failure report;
+  *report.mutable_reason() = MakeReason("STORE_UNREADABLE", "train.safetensors is damaged");
+  Failure failure = FailureOf(report, 0, 40);
+  failure.worker = "worker-0";
+  v1::RetryState state;
+  for (int i = 0; i < 4; ++i) {
+    const RetryDecision decision = DecideRetry(state, failure, 40, 4);
+    ASSERT_TRUE(decision.restart) << i;
+    state = decision.state;
+  }
+  EXPECT_TRUE(ExcludedWorkers(state).empty());
+  EXPECT_EQ(DecideRetry(state, failure, 40, 4).reason.code(), "STORE_UNREADABLE");
+}
+
 TEST(Retry, NoRestartsAllowedMeansTheFirstFailureEndsIt) { EXPECT_FALSE(DecideRetry({}, Lost(), 0, 0).restart); }
 
 TEST(Retry, ErrorsOfTheUserNeverRestart) {

@@ -439,6 +439,21 @@ TEST_F(AgentTest, ACheckpointThatTheCoordinatorHasLostOrDamagedIsNamed) {
   }
 }
 
+TEST_F(AgentTest, TrainingDataThatIsDamagedOnTheCoordinatorsDiskIsTheOperators) {
+  const v1::RankDirective rank = Rank("steps");
+  {
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    coordinator_.damaged = rank.train_tokens().sha256();
+  }
+  coordinator_.Direct({rank});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("failure"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  const v1::Reason& reason = coordinator_.reports.back().report().failure().reason();
+  EXPECT_EQ(reason.code(), "STORE_UNREADABLE");
+  EXPECT_EQ(reason.owner(), "OPERATOR");
+  EXPECT_THAT(reason.message(), HasSubstr("fetching train.safetensors: its content is damaged"));
+}
+
 TEST_F(AgentTest, ATraceIsPassedToTheTrainerAndItsAnswerBack) {
   v1::RankDirective rank = Rank("trace");
   coordinator_.Direct({rank});
