@@ -1,5 +1,6 @@
 """Processes killed at random: nothing is lost, and the result is the undisturbed run's to the byte."""
 import random
+import shutil
 
 import pytest
 
@@ -166,3 +167,26 @@ def test_a_damaged_checkpoint_sends_the_job_back_to_an_older_one(cluster, overtr
     else:  # all that came after the best one need it
         assert "starts again from the beginning" in notes[-1], notes
     assert not any(one["damage"] for one in listed()), "all of these steps were saved again, or dropped"
+
+
+def test_damaged_training_data_is_the_operators_and_prepared_anew_for_the_next_job(cluster, tiny):
+    spec = make_spec(tiny, write_rows(cluster.dir / "train.jsonl", short_rows(16)), training={"max_steps": 3, "warmup_steps": 1}, limits={"max_restarts": 0})
+    first = cluster.submit(spec)
+    cluster.finish(first)
+    cluster.down()
+    tokens = [blob for blob in (cluster.dir / "coordinator" / "blobs").glob("*/*") if b'"supervised"' in blob.read_bytes()[:2000]]
+    assert len(tokens) == 1
+    content = bytearray(tokens[0].read_bytes())
+    content[-1] ^= 1
+    tokens[0].chmod(0o600)
+    tokens[0].write_bytes(content)
+    for worker in range(2):  # else nobody would ask for the file
+        shutil.rmtree(cluster.dir / f"worker-{worker}" / "cache")
+    cluster.up()
+    second = cluster.submit(spec)
+    cluster.finish(second, state="FAILED")
+    reason = cluster.status(second)["reason"]
+    assert reason["code"] == "STORE_UNREADABLE" and reason["owner"] == "OPERATOR" and str(tokens[0]) in reason["message"], reason
+    third = cluster.submit(spec)
+    cluster.finish(third)
+    assert adapter_digest(cluster.fetch(third)) == adapter_digest(cluster.fetch(first))
