@@ -43,20 +43,30 @@ void WarmUp(CudaRuntime& cuda) {
   cuda.Synchronize(0);
 }
 
-// The plugin, with this thread on its one visible device; nullptr where the rank's device is no GPU.
-absl::StatusOr<CudaRuntime*> UseDevice(const std::string& device) {
-  if (!absl::StartsWith(device, "cuda")) return static_cast<CudaRuntime*>(nullptr);
+// The device of this process.
+struct UsedDevice {
+  CudaRuntime* cuda = nullptr;  // the plugin, with this thread on its one visible device; nullptr where the rank's device is no GPU
+  std::string gpu;              // "cuda:1, GPU-…"
+};
+
+absl::StatusOr<UsedDevice> UseDevice(const std::string& device) {
+  if (!absl::StartsWith(device, "cuda")) return UsedDevice{};
   const auto failed = [&](const absl::Status& status) {
-    if (absl::StrContains(status.message(), "out of memory") || absl::StrContains(status.message(), "ALLOC_FAILED")) {
+    if (IsOutOfDeviceMemory(status)) {
       return WithReason(Annotate(status, device), "OUT_OF_DEVICE_MEMORY", "INFRASTRUCTURE", kForeignRemedy);
     }
-    return WithReason(Annotate(status, device), "DEVICE_ERROR", "OPERATOR", "look at `ppft-trainer --probe-devices` on the worker's host");
+    return WithReason(
+        Annotate(status, device), "DEVICE_ERROR", "OPERATOR",
+        "look at `ppft-trainer --probe-devices` on the worker's host, and for lines with \"NVRM: Xid\" in its kernel log (dmesg, or journalctl -k)");
   };
   absl::StatusOr<CudaRuntime*> cuda = LoadCudaPlugin("");
   if (!cuda.ok()) return failed(cuda.status());
+  UsedDevice result{*cuda, device};
   const absl::Status used = CatchTorch("", [&]() -> absl::Status {
     std::string reason;
-    if ((*cuda)->Devices(&reason).empty()) return absl::FailedPreconditionError(reason);
+    const std::vector<CudaDevice> devices = (*cuda)->Devices(&reason);
+    if (devices.empty()) return absl::FailedPreconditionError(reason);
+    absl::StrAppend(&result.gpu, ", ", devices[0].uuid);
     (*cuda)->Use(0);
     WarmUp(**cuda);
     const char* deterministic = getenv("PPFT_DETERMINISTIC");
@@ -64,14 +74,12 @@ absl::StatusOr<CudaRuntime*> UseDevice(const std::string& device) {
     return absl::OkStatus();
   });
   if (!used.ok()) return failed(used);
-  return *cuda;
+  return result;
 }
 
 // Names what there was and what was planned, where the device's memory has run out.
 absl::Status ExplainMemory(const absl::Status& status, const TrainerConfig& config, CudaRuntime* cuda) {
-  const bool out =
-      absl::IsResourceExhausted(status) || absl::StrContains(status.message(), "out of memory") || absl::StrContains(status.message(), "ALLOC_FAILED");
-  if (status.ok() || cuda == nullptr || !out) return status;
+  if (cuda == nullptr || !IsOutOfDeviceMemory(status)) return status;
   const absl::StatusOr<CudaMemory> memory = CatchTorch("", [&]() -> absl::StatusOr<CudaMemory> { return cuda->Memory(0); });
   std::string text = absl::StrFormat(" (the plan's estimate: %.1f GiB", static_cast<double>(config.me().peak_bytes) / kGiB);
   if (memory.ok()) {
@@ -94,7 +102,7 @@ absl::Status ExplainMemory(const absl::Status& status, const TrainerConfig& conf
 }
 
 absl::Status Work(const std::string& device, Control& control, std::unique_ptr<Trainer>& trainer) {
-  const absl::StatusOr<CudaRuntime*> used = UseDevice(device);
+  const absl::StatusOr<UsedDevice> used = UseDevice(device);
   PPFT_ASSIGN_OR_RETURN(const TrainerConfig config, control.AwaitStart());
   control.SetSource(absl::StrCat("rank-", config.rank));
   at::set_num_threads(config.plan.threads_per_rank);
@@ -104,7 +112,7 @@ absl::Status Work(const std::string& device, Control& control, std::unique_ptr<T
   control.Listening(listener.address());
   PPFT_RETURN_IF_ERROR(WithReason(CheckConfig(config), "SPEC_INVALID", "USER", "correct the job and submit it again"));
   PPFT_RETURN_IF_ERROR(used.status());
-  CudaRuntime* const cuda = *used;
+  CudaRuntime* const cuda = used->cuda;
   if (config.me().device != device) return absl::InternalError(absl::StrCat("started for ", device, " and told to use ", config.me().device));
   trainer = std::make_unique<Trainer>(config, &control, beat, cuda);
   trainer->FollowOrders(&control.trace_orders());
@@ -114,7 +122,7 @@ absl::Status Work(const std::string& device, Control& control, std::unique_ptr<T
     PPFT_RETURN_IF_ERROR(trainer->Connect(std::move(listener), endpoints));
     return trainer->Run();
   };
-  return ExplainMemory(CatchTorch(config.me().device, run), config, cuda);
+  return BlameGpu(ExplainMemory(CatchTorch(config.me().device, run), config, cuda), used->gpu);
 }
 
 int Main(int argc, char** argv) {
