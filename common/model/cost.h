@@ -27,6 +27,12 @@ Flops LayerFlops(const ModelConfig& config, const LoraShape& lora, int64_t token
 // Final norm, head, loss and the gradient of hidden over `targets` rows: all of it in forward.
 Flops HeadFlops(const ModelConfig& config, int64_t targets);
 
+// The same as the time that a GPU takes, in FLOPs of the head's products: the linears' products are narrower, attention is slower, and norms, SwiGLU, RoPE,
+// adapters and the loss move rows through memory. Of one layer's share against the head's, which is what a cut needs; the factors are those of an H200
+// (750 TFLOP/s for the head, 650 and 230 for linears and attention, 3.5 TB/s), for 2-byte activations.
+Flops LayerTimeOnGpu(const ModelConfig& config, const LoraShape& lora, int64_t tokens, int64_t document_tokens);
+Flops HeadTimeOnGpu(const ModelConfig& config, int64_t targets);
+
 int64_t LayerParameters(const ModelConfig& config);      // linears and norms of one layer
 int64_t EmbeddingParameters(const ModelConfig& config);  // vocab x hidden
 int64_t HeadParameters(const ModelConfig& config);       // vocab x hidden + the final norm, tied or not: a stage with the head holds it

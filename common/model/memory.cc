@@ -50,7 +50,9 @@ Linear StackOf(const ModelConfig& config, const LoraShape& lora, std::initialize
 }
 
 bool SharesLayers(const StageMemoryOptions& options) { return options.zero_stage >= 3 && options.replicas > 1; }
-bool IsCaptured(const StageMemoryOptions& options) { return options.cuda && options.tokens <= kMostCapturedTokens; }
+bool IsCaptured(const ModelConfig& config, const StageMemoryOptions& options) {
+  return options.cuda && options.tokens <= kMostCapturedTokens && !AttentionIsPlainProducts(options.compute_bytes, config.head_dim);
+}
 
 Linears LinearsOf(const ModelConfig& config, const LoraShape& lora, const StageMemoryOptions& options) {
   Linears linears = {StackOf(config, lora, {0, 1, 2}), StackOf(config, lora, {3}), StackOf(config, lora, {4, 5}), StackOf(config, lora, {6})};
@@ -118,7 +120,7 @@ int64_t ScratchBytes(const ModelConfig& config, const Linears& linears, const St
   const int64_t logits = std::min(head_rows, options.head_rows) * config.vocab_size;
   // The gradient of the residual stream, where nobody takes it away or it is wider than what goes on.
   const int64_t wider = std::max(linears.o.a_rows(), linears.down.a_rows());
-  const int64_t residual = stage.has_embedding || wider > 0 || IsCaptured(options) ? hidden + wider : 0;
+  const int64_t residual = stage.has_embedding || wider > 0 || IsCaptured(config, options) ? hidden + wider : 0;
   int64_t elements = 0;
   if (options.cuda) {
     // Attention's gradients by parts lie beside the gradient of its output.
@@ -135,16 +137,16 @@ int64_t ScratchBytes(const ModelConfig& config, const Linears& linears, const St
 // few plans serve all micro-batches. The gradient of gate and up, done with by then, is room for it where it suffices.
 int64_t CudaAttentionBytes(const ModelConfig& config, const StageMemoryOptions& options) {
   const int64_t tokens = options.tokens;
-  if (options.compute_bytes == kAccBytes) {
-    // Plain products: scores, probabilities, their gradients and the mask of one document and group of heads.
+  if (AttentionIsPlainProducts(options.compute_bytes, config.head_dim)) {
+    // Scores, probabilities, their gradients and the mask of one document and group of heads.
     const int64_t group = config.num_attention_heads / std::max<int64_t>(1, config.num_key_value_heads);
-    return 4 * (3 * group + 1) * options.longest_document * options.longest_document;
+    return options.compute_bytes * (3 * group + 1) * options.longest_document * options.longest_document;
   }
   const int64_t step = std::max<int64_t>(1024, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(1, tokens)))) / 8);
   const int64_t rounded = (tokens + step - 1) / step * step;
   const int64_t workspace = rounded * kAccBytes * (3 * config.query_size() + config.num_attention_heads);
   if (workspace <= tokens * 2 * config.intermediate_size * options.compute_bytes) return 0;
-  return workspace * (IsCaptured(options) ? 2 : 1);
+  return workspace * (IsCaptured(config, options) ? 2 : 1);
 }
 
 int64_t CpuTemporaryBytes(const ModelConfig& config, const Linears& linears, const StageShape& stage, const StageMemoryOptions& options) {

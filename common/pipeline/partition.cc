@@ -46,8 +46,13 @@ absl::StatusOr<std::vector<int>> PartitionLayers(const ModelCost& cost, int num_
       for (int begin = s - 1; begin < n; ++begin) worst[s][n] = std::min(worst[s][n], std::max(worst[s - 1][begin], span(begin, n)));
     }
   }
-  // Among the cuts that reach it (with room for rounding), the smallest sum of squares; ties take the earliest cut.
-  const double limit = worst[num_stages][num_layers] * (1 + 1e-12);
+  // Among the cuts that reach it within a hundredth (costs are no more exact), the shortest last stage, then the smallest sum of squares; ties take the
+  // earliest cut.
+  const double limit = worst[num_stages][num_layers] * 1.01;
+  int last_begin = num_stages - 1;
+  for (int begin = last_begin; begin < num_layers; ++begin) {
+    if (worst[num_stages - 1][begin] <= limit && span(begin, num_layers) <= limit) last_begin = begin;
+  }
   std::vector<std::vector<double>> squares(num_stages + 1, std::vector<double>(num_layers + 1, kInfinite));
   std::vector<std::vector<int>> cut(num_stages + 1, std::vector<int>(num_layers + 1, -1));
   squares[0][0] = 0;
@@ -55,7 +60,7 @@ absl::StatusOr<std::vector<int>> PartitionLayers(const ModelCost& cost, int num_
     for (int n = s; n <= num_layers; ++n) {
       for (int begin = s - 1; begin < n; ++begin) {
         const double c = span(begin, n);
-        if (c > limit || squares[s - 1][begin] == kInfinite) continue;
+        if (c > limit || squares[s - 1][begin] == kInfinite || (s == num_stages && n == num_layers && begin != last_begin)) continue;
         const double sum = squares[s - 1][begin] + c * c;
         if (sum < squares[s][n] * (1 - 1e-12)) {
           squares[s][n] = sum;

@@ -198,16 +198,17 @@ struct Costs {
   double embedding = 0;
 };
 
-Costs CostsOf(const v1::JobSpec& spec, const model::ModelConfig& config, int64_t tokens, double supervised_ratio) {
+// FLOPs on a CPU, where products take nearly all of the time, and in fp32; time on a GPU.
+Costs CostsOf(const v1::JobSpec& spec, const model::ModelConfig& config, int64_t tokens, double supervised_ratio, bool on_gpu) {
   const int64_t targets = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(tokens) * supervised_ratio));
   Costs costs;
-  costs.layer = model::LayerFlops(config, LoraOf(spec), tokens, SequenceLength(spec, config));
+  costs.layer = (on_gpu ? model::LayerTimeOnGpu : model::LayerFlops)(config, LoraOf(spec), tokens, SequenceLength(spec, config));
   const model::ActivationCheckpointing checkpointing = CheckpointingOf(spec);
   if (checkpointing == model::ActivationCheckpointing::kFull) costs.layer.backward += costs.layer.forward;
   if (checkpointing == model::ActivationCheckpointing::kSelective) {
     costs.layer.backward += 4.0 * static_cast<double>(tokens) * static_cast<double>(config.hidden_size) * static_cast<double>(config.intermediate_size);
   }
-  costs.head = model::HeadFlops(config, targets);
+  costs.head = (on_gpu ? model::HeadTimeOnGpu : model::HeadFlops)(config, targets);
   // A copy of one row per token; counted as one operation per element.
   costs.embedding = static_cast<double>(tokens) * static_cast<double>(config.hidden_size);
   return costs;
@@ -310,7 +311,8 @@ absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelCon
   const model::StageMemoryOptions memory = MemoryOptionsOf(spec, config, kind, ComputeBytes(layout.compute), facts, layout.microbatches_per_pass);
   const int num_stages = pipeline_size * layout.virtual_stages;
 
-  const Costs costs = CostsOf(spec, config, layout.microbatch_tokens * layout.microbatches_per_pass, facts.supervised_ratio);
+  const Costs costs =
+      CostsOf(spec, config, layout.microbatch_tokens * layout.microbatches_per_pass, facts.supervised_ratio, kind == "cuda" && layout.compute != "fp32");
   PPFT_ASSIGN_OR_RETURN(const std::vector<int> layers_per_stage, CutLayers(spec, config, costs, num_stages));
   layout.stages = MakeStages(spec, config, costs, layers_per_stage, memory);
   layout.head_layers = (costs.head.forward + costs.head.backward) / (costs.layer.forward + costs.layer.backward);

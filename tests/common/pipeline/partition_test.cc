@@ -23,6 +23,9 @@ TEST(PartitionTest, CountsTheHead) {
   EXPECT_THAT(*PartitionLayers(Even(5, 0, 1.5), 2), ElementsAre(3, 2));
   EXPECT_THAT(*PartitionLayers(Even(4, 0, 100), 4), ElementsAre(1, 1, 1, 1));
   EXPECT_THAT(*PartitionLayers(Even(8, 0, 100), 3), ElementsAre(3, 4, 1));
+  // Where several cuts are as good, to a hundredth, the last stage has the slack.
+  EXPECT_THAT(*PartitionLayers(Even(16, 0.001, 2.8), 4), ElementsAre(5, 5, 5, 1));
+  EXPECT_THAT(*PartitionLayers(Even(16, 0.001, 2.8), 2), ElementsAre(9, 7));
 }
 
 TEST(PartitionTest, IsOptimalAgainstAllCuts) {

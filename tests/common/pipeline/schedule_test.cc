@@ -101,6 +101,42 @@ TEST(ScheduleTest, BuffersNeededAreBounded) {
   });
 }
 
+// Between GPUs a receive is queued when the action that consumes its message begins, with those before it on its channel.
+Program WithLateReceives(const Program& program, int pipeline_size) {
+  const auto channel = [&](const Action& receive) {
+    return std::make_pair(receive.op, (receive.stage + (receive.op == Op::kRecvForward ? -1 : 1) + pipeline_size) % pipeline_size);
+  };
+  Program late, waiting;
+  for (const Action& action : program) {
+    if (IsReceive(action.op)) {
+      waiting.push_back(action);
+      continue;
+    }
+    const Action needed{action.stage, action.op == Op::kForward ? Op::kRecvForward : Op::kRecvBackward, action.microbatch};
+    const auto last = IsCompute(action.op) ? std::find(waiting.begin(), waiting.end(), needed) : waiting.end();
+    if (last != waiting.end()) {
+      Program kept;
+      for (auto receive = waiting.begin(); receive != waiting.end(); ++receive) {
+        (receive <= last && channel(*receive) == channel(needed) ? late : kept).push_back(*receive);
+      }
+      waiting = kept;
+    }
+    late.push_back(action);
+  }
+  return late;
+}
+
+TEST(ScheduleTest, LateReceivesNeedRoomForAMessageOfEachStageInARowAndOne) {
+  ForEachShape([](const ScheduleShape& s) {
+    std::vector<Program> programs;
+    for (const Program& program : Lowered(s)) programs.push_back(WithLateReceives(program, s.pipeline_size));
+    SimulationOptions options;
+    options.channel_capacity = s.pipeline_size + 1;
+    absl::StatusOr<Simulation> run = Simulate(programs, WorkOf(s), options);
+    ASSERT_TRUE(run.ok()) << Name(s) << ": " << run.status();
+  });
+}
+
 TEST(ScheduleTest, UnequalCostsNeverDeadlockAndLatencyOnlyDelays) {
   ForEachShape([](const ScheduleShape& s) {
     SimulationOptions options;

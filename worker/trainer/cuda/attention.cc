@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/model/memory.h"
 #include "worker/trainer/kernels/cuda/launch.h"
 #include "worker/trainer/kernels/cuda/tensor.h"
 
@@ -120,8 +121,7 @@ Attention::Attention(const at::Device& device) : device_(device) {
 }
 
 AttentionPath Attention::PathOf(at::ScalarType type, const HeadLayout& heads, const DocumentsShape& documents, int64_t out_stride) {
-  const bool narrow = type == at::kBFloat16 || type == at::kHalf;
-  if (!narrow || heads.head_dim % 8 != 0 || heads.head_dim > 256) return AttentionPath::kProducts;
+  if (model::AttentionIsPlainProducts(static_cast<int64_t>(c10::elementSize(type)), heads.head_dim)) return AttentionPath::kProducts;
   if (at::globalContext().deterministicAlgorithms()) return AttentionPath::kFlash;
   std::string reason;
   if (!hopper_or_later_) {

@@ -98,7 +98,8 @@ StageOptions Trainer::OptionsOf(int stage) const {
     if (plan().pass_tokens() <= kMostPaddedTokens) {
       options.token_multiple = std::max<int64_t>(kLeastTokenMultiple, plan().pass_tokens() / kShapes);
     }
-    options.capture = config_.cuda_graphs && plan().pass_tokens() <= model::kMostCapturedTokens;
+    options.capture = config_.cuda_graphs && plan().pass_tokens() <= model::kMostCapturedTokens &&
+                      !model::AttentionIsPlainProducts(static_cast<int64_t>(c10::elementSize(compute_)), model_config_.head_dim);
   }
   options.lora.r = config_.adapter.r;
   options.lora.scale = config_.adapter.scale;
@@ -226,6 +227,7 @@ absl::Status Trainer::ConnectDevices() {
   const int pp = plan().pipeline_parallel_size;
   DeviceTransportOptions options;
   options.group = mesh_.ReplicaGroupOf(config_.rank);
+  options.sends_held = static_cast<size_t>(pp) + 1;
   // Stage s sends activations to the rank of s + 1 and takes gradients from it; with virtual stages the last rank sends to the first.
   std::set<std::pair<int, int>> down;  // pairs of ranks
   for (int stage = 0; stage + 1 < mesh_.num_stages() && pp > 1; ++stage) {

@@ -18,6 +18,7 @@
 #include "common/base/status.h"
 #include "common/data/philox.h"
 #include "common/model/inventory.h"
+#include "common/model/memory.h"
 #include "common/model/peft.h"
 #include "worker/trainer/model/activations.h"
 #include "worker/trainer/model/captured_passes.h"
@@ -58,7 +59,8 @@ class LlamaStage final : public StageModel {
         kernels_(options.kernels != nullptr ? *options.kernels : CpuKernels()),
         rope_(config, compute_.dtype(acc_)),
         scratch_(compute_, options.least_tokens, kernels_.wants_parts()),
-        passes_(kernels_, options.capture && options.weights == WeightHome::kResident) {}
+        passes_(kernels_, options.capture && options.weights == WeightHome::kResident &&
+                              !model::AttentionIsPlainProducts(static_cast<int64_t>(compute_.dtype().itemsize()), config.head_dim)) {}
 
   absl::Status Load();
   absl::Status Idle(bool backward) override;

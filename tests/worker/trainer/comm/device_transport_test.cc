@@ -153,7 +153,7 @@ std::vector<absl::Status> RunTwo(const std::function<absl::Status(int rank, std:
   return statuses;
 }
 
-const DeviceTransportOptions kPipeline = {{{Channel::kActivations, 0, 1}, {Channel::kGradients, 1, 0}}, {}, absl::Seconds(20)};
+const DeviceTransportOptions kPipeline = {{{Channel::kActivations, 0, 1}, {Channel::kGradients, 1, 0}}, {}, /*sends_held=*/3, absl::Seconds(20)};
 
 Buffer Of(std::vector<float>* values) { return {values->data(), static_cast<int64_t>(values->size() * sizeof(float)), nullptr}; }
 

@@ -19,15 +19,15 @@ namespace ppft::trainer {
 namespace {
 
 constexpr std::chrono::milliseconds kWatchInterval(100);
-constexpr int64_t kIdPass = -1;       // of the messages that carry ids; programs count from 1
-constexpr size_t kMostSendsHeld = 3;  // messages of a lane: one under way, one that waits, one that has just been made
+constexpr int64_t kIdPass = -1;  // of the messages that carry ids; programs count from 1
 
 // Links are made in this order on every rank, so that no two ranks wait for each other.
 auto OrderOf(const DeviceLink& link) { return std::make_tuple(link.channel, std::min(link.from, link.to), std::max(link.from, link.to), link.from); }
 
 class DeviceTransportImpl final : public DeviceTransport {
  public:
-  DeviceTransportImpl(std::unique_ptr<Transport> host, DeviceComms* comms) : host_(std::move(host)), comms_(comms) {}
+  DeviceTransportImpl(std::unique_ptr<Transport> host, DeviceComms* comms, size_t sends_held)
+      : host_(std::move(host)), comms_(comms), sends_held_(std::max<size_t>(1, sends_held)) {}
   ~DeviceTransportImpl() override { StopWatching(); }
 
   absl::Status MakeComms(const DeviceTransportOptions& options);
@@ -66,7 +66,8 @@ class DeviceTransportImpl final : public DeviceTransport {
 
   absl::StatusOr<std::unique_ptr<DeviceComm>> MakeComm(const std::vector<int>& members, int number, absl::Duration timeout, const std::string& what);
   absl::StatusOr<Lane*> Find(Channel channel, int from, int to);
-  void Queue(Lane* lane, Posted posted);
+  // The oldest `count` posted receives.
+  void QueuePosted(Lane* lane, size_t count);
   static void Forget(Lane* lane);
   // The current stream goes on after that operation, and so does whatever gets its memory next.
   static void Pass(Lane* lane, uint64_t operation);
@@ -82,6 +83,7 @@ class DeviceTransportImpl final : public DeviceTransport {
 
   const std::unique_ptr<Transport> host_;
   DeviceComms* const comms_;
+  const size_t sends_held_;
   std::vector<Lane> lanes_;  // constant once made
   std::unique_ptr<DeviceComm> group_;
   int group_index_ = 0;
@@ -210,11 +212,15 @@ void DeviceTransportImpl::Pass(Lane* lane, uint64_t operation) {
   while (!lane->under_way.empty() && lane->under_way.front().operation <= operation) lane->under_way.pop_front();
 }
 
-void DeviceTransportImpl::Queue(Lane* lane, Posted posted) {
+void DeviceTransportImpl::QueuePosted(Lane* lane, size_t count) {
   Forget(lane);
-  const uint64_t operation = lane->comm->Receive(posted.buffer.data, posted.buffer.bytes, /*member=*/0);
-  queued_[posted.ticket] = {lane, operation};
-  lane->under_way.push_back({operation, std::move(posted.buffer.owner)});
+  for (; count > 0; --count) {
+    Posted posted = std::move(lane->posted.front());
+    lane->posted.pop_front();
+    const uint64_t operation = lane->comm->Receive(posted.buffer.data, posted.buffer.bytes, /*member=*/0);
+    queued_[posted.ticket] = {lane, operation};
+    lane->under_way.push_back({operation, std::move(posted.buffer.owner)});
+  }
 }
 
 absl::StatusOr<Ticket> DeviceTransportImpl::PostReceive(int peer, Channel channel, const Tag& tag, Buffer buffer) {
@@ -244,9 +250,8 @@ absl::Status DeviceTransportImpl::Send(int peer, Channel channel, const Tag& tag
   }
   return Guarded(peer, [&] {
     Forget(lane);
-    // The host is far ahead of the device: without this all messages of a step would be held at once. The program is free of deadlock even where a send
-    // waits for its receive (common/pipeline/lowering.h), so the stream may wait for an older one.
-    if (lane->under_way.size() >= kMostSendsHeld) Pass(lane, lane->under_way[lane->under_way.size() - kMostSendsHeld].operation);
+    // The host is far ahead of the device: without this all messages of a step would be held at once.
+    if (lane->under_way.size() >= sends_held_) Pass(lane, lane->under_way[lane->under_way.size() - sends_held_].operation);
     const uint64_t operation = lane->comm->Send(buffer.data, buffer.bytes, /*member=*/1);
     lane->under_way.push_back({operation, std::move(buffer.owner)});
   });
@@ -255,19 +260,19 @@ absl::Status DeviceTransportImpl::Send(int peer, Channel channel, const Tag& tag
 absl::Status DeviceTransportImpl::Wait(Ticket ticket) {
   if (IsHost(ticket)) return host_->Wait(ticket / 2);
   PPFT_RETURN_IF_ERROR(FirstCause());
-  return Guarded(-1, [&] {
-    for (Lane& lane : lanes_) {
-      const auto mine = std::find_if(lane.posted.begin(), lane.posted.end(), [&](const Posted& posted) { return posted.ticket == ticket; });
-      if (mine == lane.posted.end()) continue;
-      for (auto left = mine - lane.posted.begin() + 1; left > 0; --left) {
-        Queue(&lane, std::move(lane.posted.front()));
-        lane.posted.pop_front();
-      }
-    }
-    const auto found = queued_.find(ticket);
-    if (found == queued_.end()) throw std::runtime_error("waiting for a receive that was not posted");
-    Pass(found->second.first, found->second.second);
-    queued_.erase(found);
+  const auto waited_for = [ticket](const Posted& posted) { return posted.ticket == ticket; };
+  Lane* lane = nullptr;
+  for (Lane& each : lanes_) {
+    if (std::any_of(each.posted.begin(), each.posted.end(), waited_for)) lane = &each;
+  }
+  if (const auto queued = queued_.find(ticket); queued != queued_.end()) lane = queued->second.first;
+  if (lane == nullptr) return absl::InternalError("waiting for a receive that was not posted");
+  return Guarded(lane->link.from, [&] {
+    const auto mine = std::find_if(lane->posted.begin(), lane->posted.end(), waited_for);
+    if (mine != lane->posted.end()) QueuePosted(lane, static_cast<size_t>(mine - lane->posted.begin()) + 1);
+    const auto queued = queued_.find(ticket);
+    Pass(lane, queued->second.second);
+    queued_.erase(queued);
   });
 }
 
@@ -327,7 +332,7 @@ void DeviceTransportImpl::StopWatching() {
 
 absl::StatusOr<std::unique_ptr<DeviceTransport>> DeviceTransport::Connect(std::unique_ptr<Transport> host, DeviceComms* comms,
                                                                           const DeviceTransportOptions& options) {
-  auto transport = std::make_unique<DeviceTransportImpl>(std::move(host), comms);
+  auto transport = std::make_unique<DeviceTransportImpl>(std::move(host), comms, options.sends_held);
   PPFT_RETURN_IF_ERROR(transport->MakeComms(options));
   return std::unique_ptr<DeviceTransport>(std::move(transport));
 }
