@@ -510,11 +510,8 @@ TEST(Memory, MeasuredPeaksAreWithinATenth) {
     std::vector<double> gib;
   };
   const Case cases[] = {
-      {Llama1B(), 8, 2048, 1, "auto", {16}, {16.18}},
-      {Llama1B(), 1, 512, 8, "off", {16}, {3.17}},
-      {Llama1B(), 1, 512, 8, "auto", {16}, {6.44}},
-      {Llama1B(), 2, 2048, 16, "auto", {10, 6}, {6.01, 3.17}},
-      {Llama8B(), 4, 2048, 1, "auto", {32}, {40.0}},
+      {Llama1B(), 8, 2048, 1, "auto", {16}, {16.18}},          {Llama1B(), 1, 512, 8, "off", {16}, {3.17}},   {Llama1B(), 1, 512, 8, "auto", {16}, {6.44}},
+      {Llama1B(), 2, 2048, 16, "auto", {10, 6}, {6.01, 3.17}}, {Llama8B(), 4, 2048, 1, "auto", {32}, {40.0}},
   };
   for (const Case& c : cases) {
     v1::JobSpec spec = Spec();
