@@ -1,6 +1,9 @@
 #include "worker/trainer/engine/failure.h"
 
 #include "absl/strings/cord.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "common/base/status.h"
 #include "worker/trainer/comm/transport.h"
 
 namespace ppft::trainer {
@@ -23,6 +26,18 @@ absl::Status WithReason(absl::Status status, absl::string_view code, absl::strin
   status.SetPayload(kOwner, absl::Cord(owner));
   status.SetPayload(kRemedy, absl::Cord(remedy));
   return status;
+}
+
+bool IsOutOfDeviceMemory(const absl::Status& status) {
+  if (status.ok() || !PayloadOf(status, kCode).empty()) return false;
+  return absl::IsResourceExhausted(status) || absl::StrContains(status.message(), "out of memory") || absl::StrContains(status.message(), "ALLOC_FAILED");
+}
+
+absl::Status BlameGpu(const absl::Status& status, absl::string_view gpu) {
+  if (status.ok() || gpu.empty() || !PayloadOf(status, kCode).empty() || DescribeFailure(status, 0).code != "DEVICE_ERROR") return status;
+  return WithReason(Annotate(status, gpu), "DEVICE_ERROR", "INFRASTRUCTURE",
+                    absl::StrCat("look for lines with \"NVRM: Xid\" about ", gpu,
+                                 " in the kernel log of the worker's host (dmesg, or journalctl -k) and at the worker's log; the job tries again by itself"));
 }
 
 FailureReport DescribeFailure(const absl::Status& status, int64_t step) {

@@ -13,6 +13,13 @@ namespace ppft::trainer {
 // kept: the first cause counts.
 absl::Status WithReason(absl::Status status, absl::string_view code, absl::string_view owner, absl::string_view remedy);
 
+// Whether a device's memory ran out. Not where a reason is known already: a full disk has the same status code.
+bool IsOutOfDeviceMemory(const absl::Status& status);
+
+// A failure without a better reason is the device's: DEVICE_ERROR with `gpu` ("cuda:1, GPU-…") in its text, and where its driver has told more. Others, and
+// all where `gpu` is empty, stay as they are.
+absl::Status BlameGpu(const absl::Status& status, absl::string_view gpu);
+
 // A reason is made up from the status code where none was attached.
 FailureReport DescribeFailure(const absl::Status& status, int64_t step);
 
