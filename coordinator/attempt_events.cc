@@ -18,10 +18,10 @@ void JobController::DecideStarts() {
     if (job.record.job().status().state() == v1::JOB_STATE_QUEUED) queued.push_back(&job.record);
   }
   if (queued.empty()) return;
-  const auto plan = [this](const v1::JobRecord& record, const std::vector<OfferedDevice>& devices) {
+  const auto plan = [this](const v1::JobRecord& record, const std::vector<OfferedDevice>& devices, const std::string& kind) {
     const auto model = Model(record.job().spec().model().base_model());
     if (!model.ok()) return PlanAttempt{absl::nullopt, 0, std::string(model.status().message())};
-    return plan_(record, **model, devices);
+    return plan_(record, **model, devices, kind);
   };
   for (QueueDecision& decision : DecideQueue(queued, FreeDevices(), AllDevices(), plan, now_unix_ms())) {
     JobEntry& job = jobs_.at(decision.job_id);

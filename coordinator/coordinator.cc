@@ -123,8 +123,8 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(const Coordinato
   PPFT_ASSIGN_OR_RETURN(coordinator->artifacts_, Artifacts::Open(artifacts));
   coordinator->metrics_ = std::make_unique<metrics::CoordinatorMetrics>(options.version);
   auto planner = std::make_shared<JobPlanner>();
-  const auto plan = [planner](const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices) {
-    return planner->Plan(record, model, devices);
+  const auto plan = [planner](const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices, const std::string& kind) {
+    return planner->Plan(record, model, devices, kind);
   };
   ControllerOptions controller = options.controller;
   controller.version = options.version;

@@ -41,7 +41,8 @@ class WorkerLink {
 };
 
 // The planner with the model's record at hand. PURE.
-using ModelPlanFunction = std::function<PlanAttempt(const v1::JobRecord&, const v1::ModelRecord&, const std::vector<OfferedDevice>&)>;
+using ModelPlanFunction =
+    std::function<PlanAttempt(const v1::JobRecord&, const v1::ModelRecord&, const std::vector<OfferedDevice>& devices, const std::string& kind)>;
 
 struct ControllerOptions {
   std::string version;  // of the coordinator; workers of another one are refused. "": any may come

@@ -15,7 +15,7 @@ constexpr size_t kMaxRefusals = 256;
 
 // Everything that the answer depends on.
 std::string KeyOf(const PlanRequest& request, const std::string& model) {
-  std::string key = absl::StrCat(model, "\n", request.total_steps, " ", request.supervised_ratio, " ", request.longest_row);
+  std::string key = absl::StrCat(model, "\n", request.kind, " ", request.total_steps, " ", request.supervised_ratio, " ", request.longest_row);
   for (const PlanDevice& device : request.devices)
     absl::StrAppend(&key, "\n", device.worker, " ", device.id, " ", device.kind, " ", device.memory_bytes, " ", device.deterministic);
   return absl::StrCat(key, "\n", request.spec.SerializeAsString());
@@ -31,8 +31,10 @@ absl::StatusOr<int64_t> JobPlanner::TotalSteps(const v1::JobRecord& record) {
   return total_steps_[record.job().id()] = total;
 }
 
-absl::StatusOr<PlanRequest> JobPlanner::RequestFor(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices) {
+absl::StatusOr<PlanRequest> JobPlanner::RequestFor(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices,
+                                                   const std::string& kind) {
   PlanRequest request;
+  request.kind = kind;
   request.spec = record.job().spec();
   PPFT_ASSIGN_OR_RETURN(request.config, model::ParseModelConfig(model.config(), absl::StrCat(model.model().name(), "/config.json")));
   PPFT_ASSIGN_OR_RETURN(request.total_steps, TotalSteps(record));
@@ -50,14 +52,14 @@ absl::StatusOr<PlanRequest> JobPlanner::RequestFor(const v1::JobRecord& record, 
 
 absl::StatusOr<PlanDraft> JobPlanner::Draft(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices,
                                             double supervised_ratio) {
-  PPFT_ASSIGN_OR_RETURN(PlanRequest request, RequestFor(record, model, devices));
+  PPFT_ASSIGN_OR_RETURN(PlanRequest request, RequestFor(record, model, devices, KindFor(record, devices)));
   if (supervised_ratio > 0 && supervised_ratio < 1) request.supervised_ratio = supervised_ratio;
   return DraftPlan(request);
 }
 
-PlanAttempt JobPlanner::Plan(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices) {
+PlanAttempt JobPlanner::Plan(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices, const std::string& kind) {
   PlanAttempt attempt;
-  const absl::StatusOr<PlanRequest> request = RequestFor(record, model, devices);
+  const absl::StatusOr<PlanRequest> request = RequestFor(record, model, devices, kind);
   if (!request.ok()) {
     attempt.message = std::string(request.status().message());
     return attempt;

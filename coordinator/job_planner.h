@@ -16,14 +16,16 @@ namespace ppft::coordinator {
 // again whenever anything happens in the cluster. One thread.
 class JobPlanner {
  public:
-  PlanAttempt Plan(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices);
-  // What PlanJob shows; also for a job whose data is not prepared.
+  // On `devices` of `kind` (cuda | cpu).
+  PlanAttempt Plan(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices, const std::string& kind);
+  // What PlanJob shows: on all devices of the cluster, those of the kind that the queue would take. Also for a job whose data is not prepared.
   // supervised_ratio: see PlanJobRequest.
   absl::StatusOr<PlanDraft> Draft(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices,
                                   double supervised_ratio);
 
  private:
-  absl::StatusOr<PlanRequest> RequestFor(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices);
+  absl::StatusOr<PlanRequest> RequestFor(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices,
+                                         const std::string& kind);
   absl::StatusOr<int64_t> TotalSteps(const v1::JobRecord& record);
 
   std::map<std::string, int64_t> total_steps_;   // job -> steps

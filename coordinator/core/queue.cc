@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "coordinator/core/job_state.h"
@@ -27,25 +28,42 @@ std::vector<OfferedDevice> Without(const std::vector<OfferedDevice>& devices, co
   return left;
 }
 
-std::string Devices(int count) { return absl::StrCat(count, count == 1 ? " device" : " devices"); }
+std::vector<OfferedDevice> OfKind(const std::vector<OfferedDevice>& devices, const std::string& kind) {
+  std::vector<OfferedDevice> matching;
+  std::copy_if(devices.begin(), devices.end(), std::back_inserter(matching), [&](const OfferedDevice& device) { return device.device.kind() == kind; });
+  return matching;
+}
 
-// Starts the job, or says why it waits: QUEUED if it could be laid on all devices, NO_CAPACITY if not even there. `position`: of the one before it.
-void Place(const v1::JobRecord& record, const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all, const PlanFunction& plan, int position,
-           QueueDecision& decision) {
+bool RanOnCuda(const v1::JobRecord& record) {
+  return std::any_of(record.plan().ranks().begin(), record.plan().ranks().end(),
+                     [](const v1::RankPlan& rank) { return absl::StartsWith(rank.device(), "cuda:"); });
+}
+
+std::string Devices(int count, const std::string& kind) { return absl::StrCat(count, kind == "cuda" ? " cuda" : "", count == 1 ? " device" : " devices"); }
+
+// "1 free" of the kind; GPUs are told beside those that are leased, as there may be free devices that the job does not take.
+std::string Free(const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all, const std::string& kind) {
+  return kind == "cuda" ? absl::StrCat(free.size(), " of ", all.size(), " free") : absl::StrCat(free.size(), " free");
+}
+
+// Starts the job, or says why it waits: QUEUED if it could be laid on all devices, NO_CAPACITY if not even there. `free`, `all`: those of `kind`.
+// `position`: of the one before it.
+void Place(const v1::JobRecord& record, const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all, const std::string& kind,
+           const PlanFunction& plan, int position, QueueDecision& decision) {
   std::vector<std::string> excluded;  // of those that are there
   for (const std::string& worker : ExcludedWorkers(record.retry())) {
     if (std::any_of(all.begin(), all.end(), [&](const OfferedDevice& device) { return device.worker == worker; })) excluded.push_back(worker);
   }
   std::string note;
-  PlanAttempt now = plan(record, Without(free, excluded)), later;
-  if (!now.plan.has_value()) later = plan(record, Without(all, excluded));
+  PlanAttempt now = plan(record, Without(free, excluded), kind), later;
+  if (!now.plan.has_value()) later = plan(record, Without(all, excluded), kind);
   const bool elsewhere = now.plan.has_value() || later.plan.has_value();
   if (!excluded.empty()) {
     note = absl::StrCat("; ", absl::StrJoin(excluded, ", "), " failed this job twice",
                         elsewhere ? " and is left out" : ", but the other workers cannot take it, so it is used again");
     if (!elsewhere) {
-      now = plan(record, free);
-      if (!now.plan.has_value()) later = plan(record, all);
+      now = plan(record, free, kind);
+      if (!now.plan.has_value()) later = plan(record, all, kind);
     }
   }
   if (now.plan.has_value()) {
@@ -56,19 +74,27 @@ void Place(const v1::JobRecord& record, const std::vector<OfferedDevice>& free, 
   decision.position = position + 1;
   if (later.plan.has_value()) {
     const int needed = std::max({now.devices_needed, later.devices_needed, 1});
-    decision.reason = MakeReason("QUEUED", absl::StrCat("waits for ", Devices(needed), ", ", free.size(), " free; position ", decision.position, note));
+    decision.reason =
+        MakeReason("QUEUED", absl::StrCat("waits for ", Devices(needed, kind), ", ", Free(free, all, kind), "; position ", decision.position, note));
     return;
   }
   const int needed = std::max(later.devices_needed, 1);
   const bool too_few = needed > static_cast<int>(all.size());
+  const bool as_before = all.empty() && RanOnCuda(record);
   decision.reason = MakeReason(
       "NO_CAPACITY",
-      too_few ? absl::StrCat("needs ", Devices(needed), ", the cluster has ", all.size(), "; position ", decision.position)
+      too_few ? absl::StrCat("needs ", Devices(needed, kind), as_before ? " as before" : "", ", the cluster has ", all.size(), "; position ", decision.position)
               : absl::StrCat(later.message, "; position ", decision.position),
-      too_few ? "start more workers, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size" : "start larger workers, or change the job");
+      !too_few         ? "start larger workers, or change the job"
+      : kind == "cuda" ? "start more workers with GPUs, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size"
+                       : "start more workers, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size");
 }
 
 }  // namespace
+
+std::string KindFor(const v1::JobRecord& record, const std::vector<OfferedDevice>& all) {
+  return RanOnCuda(record) || !OfKind(all, "cuda").empty() ? "cuda" : "cpu";
+}
 
 std::vector<QueueDecision> DecideQueue(std::vector<const v1::JobRecord*> queued, std::vector<OfferedDevice> free, const std::vector<OfferedDevice>& all,
                                        const PlanFunction& plan, int64_t now_unix_ms) {
@@ -81,15 +107,18 @@ std::vector<QueueDecision> DecideQueue(std::vector<const v1::JobRecord*> queued,
   for (const v1::JobRecord* record : queued) {
     QueueDecision decision;
     decision.job_id = record->job().id();
+    const std::string kind = KindFor(*record, all);
+    const std::vector<OfferedDevice> free_of_kind = OfKind(free, kind), all_of_kind = OfKind(all, kind);
     const int64_t wait_ms = record->retry().not_before_unix_ms() - now_unix_ms;
     if (wait_ms > 0) {
       decision.position = ++position;
       decision.reason = MakeReason("BACKOFF", absl::StrCat("waits before restart ", record->job().status().restarts(), "; position ", position));
     } else if (!head.empty()) {
       decision.position = ++position;
-      decision.reason = MakeReason("QUEUED", absl::StrCat("waits behind ", head, "; ", Devices(static_cast<int>(free.size())), " free; position ", position));
+      decision.reason =
+          MakeReason("QUEUED", absl::StrCat("waits behind ", head, "; ", Devices(static_cast<int>(free_of_kind.size()), kind), " free; position ", position));
     } else {
-      Place(*record, free, all, plan, position, decision);
+      Place(*record, free_of_kind, all_of_kind, kind, plan, position, decision);
       if (decision.plan.has_value()) {
         TakeDevices(*decision.plan, free);
       } else {

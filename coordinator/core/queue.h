@@ -25,7 +25,12 @@ struct PlanAttempt {
   int devices_needed = 0;  // at least this many; 0 = unknown
   std::string message;     // why there is no plan
 };
-using PlanFunction = std::function<PlanAttempt(const v1::JobRecord&, const std::vector<OfferedDevice>&)>;
+// `devices` are all of `kind`; there may be none.
+using PlanFunction = std::function<PlanAttempt(const v1::JobRecord&, const std::vector<OfferedDevice>& devices, const std::string& kind)>;
+
+// cuda | cpu: the kind of device that the job runs on. CUDA devices if one of `all` is such, leased or not, or if its newest attempt was laid on them: a job
+// waits for them rather than to go on a thousand times slower, with other rounding. CPU slots only where there are no others.
+std::string KindFor(const v1::JobRecord& record, const std::vector<OfferedDevice>& all);
 
 struct QueueDecision {
   std::string job_id;
@@ -36,8 +41,9 @@ struct QueueDecision {
 
 // Goes through the queued jobs by (priority descending, submit_order). A job starts if it can be laid on the devices that are free. If it
 // cannot, but could on all devices of the cluster, it is the head that waits, and nobody behind it starts: devices that become free are its
-// own. If even the whole cluster is too small, it waits with NO_CAPACITY and lets others pass, as does one whose backoff is not over.
-// A job keeps away from its excluded workers (retry.h) as long as it could be laid on the others; if it could not, it takes them and says so.
+// own. Devices are those of the job's kind (KindFor). If even the whole cluster is too small, it waits with NO_CAPACITY and lets others pass, as does one whose
+// backoff is not over. A job keeps away from its excluded workers (retry.h) as long as it could be laid on the others; if it could not, it takes them and says
+// so.
 std::vector<QueueDecision> DecideQueue(std::vector<const v1::JobRecord*> queued, std::vector<OfferedDevice> free, const std::vector<OfferedDevice>& all,
                                        const PlanFunction& plan, int64_t now_unix_ms);
 

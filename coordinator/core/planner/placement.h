@@ -7,7 +7,7 @@
 
 namespace ppft::coordinator {
 
-// A device that may be leased now.
+// A device that ranks may be laid on.
 struct PlanDevice {
   std::string worker;
   std::string id;              // "cpu:0"

@@ -110,8 +110,7 @@ absl::Status OutOfMemory(const PlanRequest& request, const Layout& layout, absl:
       "pipeline rank ", worst, " needs about ", FormatBytes(layout.largest_rank_bytes()), " (weights ", FormatBytes(parts.weight_bytes()), ", activations ",
       FormatBytes(parts.activation_bytes()), ", the rest ", FormatBytes(layout.largest_rank_bytes() - parts.weight_bytes() - parts.activation_bytes()),
       "), but ",
-      layout.num_ranks() == 1 ? absl::StrCat("the largest free ", kind, " device has ")
-                              : absl::StrCat(layout.num_ranks(), " free ", kind, " devices have only "),
+      layout.num_ranks() == 1 ? absl::StrCat("the largest ", kind, " device has ") : absl::StrCat(layout.num_ranks(), " ", kind, " devices have only "),
       FormatBytes(limit), ": ",
       settings.empty() ? "use devices with more memory or a smaller model" : absl::StrCat("it would fit with ", absl::StrJoin(settings, ", or "))));
 }
@@ -190,9 +189,11 @@ absl::StatusOr<PlanDraft> DraftOn(const PlanRequest& request, absl::string_view 
   draft.devices_present = static_cast<int>(devices.size());
   std::vector<PlanDevice> chosen;
   if (draft.devices_present < draft.devices_needed) {
-    draft.fit = absl::UnavailableError(absl::StrCat("the job needs ", draft.devices_needed, draft.devices_needed == 1 ? " device" : " devices",
-                                                    " (data_parallel_size ", layout.data_parallel_size, " x pipeline_parallel_size ", layout.pipeline_size,
-                                                    "), ", draft.devices_present, " ", draft.devices_present == 1 ? "is" : "are", " free: it waits for more"));
+    draft.fit = absl::UnavailableError(
+        absl::StrCat("the job needs ", draft.devices_needed, kind == "cuda" ? " cuda" : "", draft.devices_needed == 1 ? " device" : " devices",
+                     " (data_parallel_size ", layout.data_parallel_size, " x pipeline_parallel_size ", layout.pipeline_size, "), ", draft.devices_present, " ",
+                     draft.devices_present == 1 ? "is" : "are", " there: it waits for more",
+                     draft.devices_needed == 1 ? "" : "; lower parallel.pipeline_parallel_size or parallel.data_parallel_size to need fewer"));
   } else {
     chosen = ChooseDevices(WithMemory(devices, layout.largest_rank_bytes()), layout.data_parallel_size, layout.pipeline_size);
     if (chosen.empty()) draft.fit = OutOfMemory(request, layout, kind, devices);
@@ -259,11 +260,8 @@ absl::StatusOr<PlanDraft> DraftPlan(const PlanRequest& request) {
   if (!(request.supervised_ratio > 0 && request.supervised_ratio <= 1)) {
     return absl::InvalidArgumentError(absl::StrCat("supervised_ratio (", request.supervised_ratio, ") must be above 0 and at most 1"));
   }
-  if (OfKind(request.devices, "cuda").empty()) return DraftOn(request, "cpu");
-  PPFT_ASSIGN_OR_RETURN(PlanDraft cuda, DraftOn(request, "cuda"));
-  if (cuda.fit.ok() || OfKind(request.devices, "cpu").empty()) return cuda;
-  PPFT_ASSIGN_OR_RETURN(PlanDraft cpu, DraftOn(request, "cpu"));
-  return cpu.fit.ok() ? cpu : cuda;
+  if (!request.kind.empty()) return DraftOn(request, request.kind);
+  return DraftOn(request, OfKind(request.devices, "cuda").empty() ? "cpu" : "cuda");
 }
 
 absl::StatusOr<v1::Plan> PlanJob(const PlanRequest& request) {

@@ -1,4 +1,4 @@
-// The planner: from what the user asks for, a model and the free devices to a Plan that every rank executes as it stands. PURE: the same request gives the
+// The planner: from what the user asks for, a model and devices to a Plan that every rank executes as it stands. PURE: the same request gives the
 // same plan, byte for byte.
 #pragma once
 
@@ -20,9 +20,10 @@ struct PlanRequest {
   v1::JobSpec spec;  // checked by spec::Check
   model::ModelConfig config;
   int64_t total_steps = 0;
-  std::vector<PlanDevice> devices;  // free and usable now, in any order
+  std::vector<PlanDevice> devices;  // usable ones, in any order: those that are free, or all of the cluster to see what could ever be
   double supervised_ratio = 1;      // supervised tokens / tokens of the prepared data, (0, 1]; 1 when not known: only those rows reach the head
   int64_t longest_row = 0;          // tokens of the prepared data's longest row; 0 when not known
+  std::string kind{};               // cpu | cuda: the devices to use, also when none of them is there; empty: cuda if one is there
 };
 
 // A plan that may still lack devices: what `ppctl plan` shows.
@@ -30,14 +31,14 @@ struct PlanDraft {
   v1::Plan plan;  // worker, device of the ranks and threads_per_rank are empty unless the devices are there
   int devices_needed = 0;
   int devices_present = 0;  // of the kind that the plan uses
-  // OK; UNAVAILABLE: too few devices now (NO_CAPACITY, the job waits); RESOURCE_EXHAUSTED: no device has the memory (OUT_OF_DEVICE_MEMORY); the
+  // OK; UNAVAILABLE: too few devices are there (NO_CAPACITY, the job waits); RESOURCE_EXHAUSTED: no device has the memory (OUT_OF_DEVICE_MEMORY); the
   // message is a sentence with the numbers and, for memory, the nearest settings that would fit.
   absl::Status fit;
 };
 
 // auto resolves to: pipeline_parallel_size the smallest whose ranks fit the devices' memory; data_parallel_size 1; schedule 1f1b (interleaved_1f1b with
 // virtual stages, gpipe when there are fewer micro-batches than stages); activation_checkpointing the least that fits;
-// compute fp32 on CPU, bf16 on CUDA. CUDA devices are preferred if there are enough.
+// compute fp32 on CPU, bf16 on CUDA. A job that CUDA devices cannot carry is not laid on CPU slots beside them: `fit` says what it lacks.
 // INVALID_ARGUMENT: "field: what is wrong and what to do", a line per violation (CheckLayout gives them one by one).
 absl::StatusOr<PlanDraft> DraftPlan(const PlanRequest& request);
 

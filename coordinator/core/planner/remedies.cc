@@ -65,7 +65,7 @@ Setting Pipeline(const RemedyInput& input) {
   Setting setting;
   for (int size = input.layout.pipeline_size + 1; int64_t{1} * size * input.layout.virtual_stages <= input.config.num_layers; ++size) {
     const int needed = size * input.layout.data_parallel_size;
-    const std::string note = needed > input.num_devices ? absl::StrCat(" (", needed, " devices; ", input.num_devices, " free)") : "";
+    const std::string note = needed > input.num_devices ? absl::StrCat(" (", needed, " devices; ", input.num_devices, " there)") : "";
     setting.push_back({absl::StrCat("parallel.pipeline_parallel_size: ", size, note), [size](v1::JobSpec& spec) {
                          spec.mutable_parallel()->set_pipeline_parallel_size(size);
                          spec.mutable_parallel()->clear_layers_per_stage();

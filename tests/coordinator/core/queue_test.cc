@@ -1,26 +1,31 @@
 #include "coordinator/core/queue.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <map>
+#include <memory>
 
 #include "absl/strings/str_cat.h"
 
 namespace ppft::coordinator {
 namespace {
 
-std::vector<OfferedDevice> Devices(int first, int count) {
+using testing::ElementsAre;
+
+std::vector<OfferedDevice> Devices(int first, int count, const std::string& kind = "cpu") {
   std::vector<OfferedDevice> devices;
   for (int i = first; i < first + count; ++i) {
     OfferedDevice offered{"w", {}};
-    offered.device.set_id(absl::StrCat("cpu:", i));
+    offered.device.set_id(absl::StrCat(kind, ":", i));
+    offered.device.set_kind(kind);
     devices.push_back(offered);
   }
   return devices;
 }
 
 // A planner that takes as many devices as parallel.pipeline_parallel_size says.
-PlanAttempt TakeAsAsked(const v1::JobRecord& record, const std::vector<OfferedDevice>& devices) {
+PlanAttempt TakeAsAsked(const v1::JobRecord& record, const std::vector<OfferedDevice>& devices, const std::string&) {
   PlanAttempt attempt;
   const int size = record.job().spec().parallel().pipeline_parallel_size();
   attempt.devices_needed = size;
@@ -107,6 +112,7 @@ QueueDecision WithExcluded(const std::vector<std::string>& free, int devices) {
     for (const std::string& worker : workers) {
       out.push_back(OfferedDevice{worker, {}});
       out.back().device.set_id("cpu:0");
+      out.back().device.set_kind("cpu");
     }
     return out;
   };
@@ -136,6 +142,70 @@ TEST(ExcludedWorker, IsUsedAgainWhenNoOtherCanTakeTheJob) {
   EXPECT_NE(started.reason.message().find("b failed this job twice, but the other workers cannot take it"), std::string::npos) << started.reason.message();
   EXPECT_EQ(WithExcluded({"a", "c"}, 3).reason.code(), "QUEUED") << "it waits for the excluded one";
   EXPECT_EQ(WithExcluded({"a", "b", "c"}, 4).reason.code(), "NO_CAPACITY");
+}
+
+// Two GPUs and four CPU slots.
+class Kinds : public testing::Test {
+ protected:
+  v1::JobRecord& Job(const std::string& id, int devices) {
+    v1::JobRecord& record = *records_.emplace_back(std::make_unique<v1::JobRecord>());
+    record.mutable_job()->set_id(id);
+    record.mutable_job()->mutable_spec()->mutable_parallel()->set_pipeline_parallel_size(devices);
+    record.set_submit_order(static_cast<int64_t>(records_.size()));
+    return record;
+  }
+  // What is decided: "cuda:0 cuda:1" or "CODE message".
+  std::vector<std::string> Decide(const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all) {
+    std::vector<const v1::JobRecord*> queued;
+    for (const auto& record : records_) queued.push_back(record.get());
+    std::vector<std::string> out;
+    for (const QueueDecision& decision : DecideQueue(queued, free, all, TakeAsAsked, 0)) {
+      std::string& text = out.emplace_back();
+      if (!decision.plan.has_value()) text = absl::StrCat(decision.reason.code(), " ", decision.reason.message());
+      for (int i = 0; decision.plan.has_value() && i < decision.plan->ranks_size(); ++i) {
+        absl::StrAppend(&text, i > 0 ? " " : "", decision.plan->ranks(i).device());
+      }
+    }
+    return out;
+  }
+  static std::vector<OfferedDevice> Both(std::vector<OfferedDevice> devices, const std::vector<OfferedDevice>& more) {
+    devices.insert(devices.end(), more.begin(), more.end());
+    return devices;
+  }
+
+  const std::vector<OfferedDevice> cpus_ = Devices(0, 4), gpus_ = Devices(0, 2, "cuda"), all_ = Both(cpus_, gpus_);
+  std::vector<std::unique_ptr<v1::JobRecord>> records_;
+};
+
+TEST_F(Kinds, WhereThereAreGpusAJobWaitsForThemWhileCpusAreFree) {
+  Job("a", 1), Job("b", 2), Job("c", 1);
+  EXPECT_THAT(Decide(all_, all_),
+              ElementsAre("cuda:0", "QUEUED waits for 2 cuda devices, 1 of 2 free; position 1", "QUEUED waits behind b; 1 cuda device free; position 2"));
+  EXPECT_THAT(Decide(cpus_, all_)[0], "QUEUED waits for 1 cuda device, 0 of 2 free; position 1");
+}
+
+TEST_F(Kinds, WhatTheGpusCanNeverTakeIsNotLaidOnCpus) {
+  Job("a", 3), Job("b", 2);
+  EXPECT_THAT(Decide(all_, all_), ElementsAre("NO_CAPACITY needs 3 cuda devices, the cluster has 2; position 1", "cuda:0 cuda:1"));
+}
+
+TEST_F(Kinds, WithoutGpusCpusAreTaken) {
+  Job("a", 3);
+  EXPECT_THAT(Decide(cpus_, cpus_), ElementsAre("cpu:0 cpu:1 cpu:2"));
+}
+
+TEST_F(Kinds, WhatRanOnAGpuGoesOnOnOne) {
+  Job("a", 1).mutable_plan()->add_ranks()->set_device("cuda:1");
+  Job("b", 1).mutable_plan()->add_ranks()->set_device("cpu:1");
+  EXPECT_THAT(Decide(cpus_, cpus_), ElementsAre("NO_CAPACITY needs 1 cuda device as before, the cluster has 0; position 1", "cpu:0"));
+  EXPECT_THAT(Decide(all_, all_), ElementsAre("cuda:0", "cuda:1"));
+}
+
+TEST_F(Kinds, AnExcludedWorkersGpuIsUsedAgainRatherThanACpu) {
+  (*Job("a", 1).mutable_retry()->mutable_failures_by_worker())["gpu"] = 2;
+  std::vector<OfferedDevice> all = all_;
+  for (OfferedDevice& device : all) device.worker = device.device.kind() == "cuda" ? "gpu" : "cpu";
+  EXPECT_THAT(Decide(all, all), ElementsAre("cuda:0"));
 }
 
 }  // namespace

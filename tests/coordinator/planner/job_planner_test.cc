@@ -10,25 +10,63 @@ constexpr char kConfig[] = R"({"architectures": ["LlamaForCausalLM"], "model_typ
   "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 512,
   "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": true})";
 
-// What devices say of themselves reaches the plan.
-TEST(JobPlannerTest, DeterministicGpusTakeMicrobatchesOneByOne) {
-  v1::JobRecord record;
+v1::JobRecord Record() {
   const spec::ParseResult parsed = spec::Parse(
       "job.yaml",
       "model: {base_model: m}\ndata: {datasets: [{path: d, type: completion}], sequence_len: 128}\ntraining: {max_steps: 3, micro_batch_size: 1}\n");
-  ASSERT_TRUE(parsed.errors.empty()) << spec::ToString(parsed.errors[0]);
+  for (const spec::FieldError& error : parsed.errors) ADD_FAILURE() << spec::ToString(error);
+  v1::JobRecord record;
   *record.mutable_job()->mutable_spec() = parsed.spec;
+  return record;
+}
+
+v1::ModelRecord Model() {
   v1::ModelRecord model;
   model.set_config(kConfig);
-  OfferedDevice gpu{"worker-0", {}};
-  gpu.device.set_id("cuda:0");
-  gpu.device.set_kind("cuda");
+  return model;
+}
+
+OfferedDevice Device(const std::string& kind, int64_t memory_bytes = 0) {
+  OfferedDevice offered{"worker-0", {}};
+  offered.device.set_id(kind + ":0");
+  offered.device.set_kind(kind);
+  offered.device.set_memory_bytes(memory_bytes);
+  return offered;
+}
+
+// What devices say of themselves reaches the plan.
+TEST(JobPlannerTest, DeterministicGpusTakeMicrobatchesOneByOne) {
+  const v1::JobRecord record = Record();
+  const v1::ModelRecord model = Model();
+  OfferedDevice gpu = Device("cuda");
   for (const bool deterministic : {false, true}) {
     gpu.device.set_deterministic(deterministic);
-    const PlanAttempt attempt = JobPlanner().Plan(record, model, {gpu});
+    const PlanAttempt attempt = JobPlanner().Plan(record, model, {gpu}, "cuda");
     ASSERT_TRUE(attempt.plan.has_value()) << attempt.message;
     EXPECT_EQ(attempt.plan->num_microbatches(), 8);
     EXPECT_EQ(attempt.plan->microbatches_per_pass(), deterministic ? 1 : 8);
+  }
+}
+
+// What `ppctl plan` shows is what the queue would do, on the same kind of device.
+TEST(JobPlannerTest, DraftAndPlanTakeTheSameKind) {
+  const v1::ModelRecord model = Model();
+  for (const int rows : {1, 4096}) {
+    v1::JobRecord record = Record();
+    record.mutable_job()->mutable_spec()->mutable_training()->set_micro_batch_size(rows);
+    const std::vector<OfferedDevice> all = {Device("cpu"), Device("cuda", int64_t{4} << 30)};
+    const absl::StatusOr<PlanDraft> draft = JobPlanner().Draft(record, model, all, 1);
+    ASSERT_TRUE(draft.ok()) << draft.status();
+    EXPECT_EQ(draft->plan.compute(), "bf16");
+    JobPlanner planner;
+    const PlanAttempt attempt = planner.Plan(record, model, all, KindFor(record, all));
+    EXPECT_EQ(attempt.plan.has_value(), draft->fit.ok());
+    EXPECT_EQ(attempt.plan.has_value(), rows == 1) << attempt.message;
+    EXPECT_EQ(attempt.message, draft->fit.message());
+    if (rows > 1) {
+      EXPECT_NE(attempt.message.find("it would fit with"), std::string::npos) << attempt.message;
+      EXPECT_TRUE(planner.Plan(record, model, all, "cpu").plan.has_value()) << "the refusal of one kind is not that of the other";
+    }
   }
 }
 

@@ -191,12 +191,34 @@ TEST(PlannerTest, AutoTakesTheSmallestPipelineThatFits) {
   EXPECT_FALSE(PlanJob(request).ok());
 }
 
-TEST(PlannerTest, PrefersCudaIfThereAreEnough) {
+TEST(PlannerTest, CpuSlotsAreNotTakenBesideGpus) {
   PlanRequest request = Request([](v1::JobSpec& spec) { spec.mutable_parallel()->set_pipeline_parallel_size(2); });
-  request.devices.push_back({"gpu", "cuda:0", "cuda", 80 * kGiB, 0});
   EXPECT_EQ(PlanJob(request)->compute(), "fp32");
+  request.devices.push_back({"gpu", "cuda:0", "cuda", 80 * kGiB, 0});
+  const absl::StatusOr<PlanDraft> draft = DraftPlan(request);
+  EXPECT_EQ(draft->fit.code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(draft->devices_present, 1);
+  EXPECT_EQ(draft->plan.compute(), "bf16");
+  EXPECT_THAT(std::string(draft->fit.message()),
+              AllOf(HasSubstr("needs 2 cuda devices"), HasSubstr("1 is there"), HasSubstr("lower parallel.pipeline_parallel_size"), Not(HasSubstr("free"))));
   request.devices.push_back({"gpu", "cuda:1", "cuda", 80 * kGiB, 0});
   EXPECT_THAT(PlacesOf(*PlanJob(request)), ElementsAre("gpu/cuda:0", "gpu/cuda:1"));
+  // Too large for the GPUs, which the CPUs beside them could carry.
+  request.devices[4].memory_bytes = request.devices[5].memory_bytes = kGiB;
+  request.spec.mutable_parallel()->set_pipeline_parallel_size(1);
+  request.spec.mutable_training()->set_micro_batch_size(4096);
+  EXPECT_EQ(PlanJob(request).status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(ErrorOf(request), AllOf(HasSubstr("the largest cuda device has 1.0 GiB: it would fit with"), Not(HasSubstr("free"))));
+}
+
+TEST(PlannerTest, TheKindMayBeGiven) {
+  PlanRequest request = Request();
+  request.kind = "cuda";
+  EXPECT_EQ(PlanJob(request).status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(ErrorOf(request), AllOf(HasSubstr("needs 1 cuda device ("), HasSubstr("0 are there: it waits for more"), Not(HasSubstr("lower"))));
+  request.devices.push_back({"gpu", "cuda:0", "cuda", 80 * kGiB, 0});
+  request.kind = "cpu";
+  EXPECT_EQ(PlanJob(request)->compute(), "fp32");
 }
 
 TEST(PlannerTest, ThreadsAreTheLeastOfTheChosenDevices) {
@@ -333,7 +355,7 @@ TEST(PlannerTest, TooFewDevicesWaitsAndStillShowsThePlan) {
   PlanRequest request = Request([](v1::JobSpec& spec) { spec.mutable_parallel()->set_pipeline_parallel_size(4); });
   request.devices = Workers({2, 1});
   EXPECT_EQ(PlanJob(request).status().code(), absl::StatusCode::kUnavailable);
-  EXPECT_THAT(ErrorOf(request), AllOf(HasSubstr("needs 4 devices"), HasSubstr("3 are free")));
+  EXPECT_THAT(ErrorOf(request), AllOf(HasSubstr("needs 4 devices"), HasSubstr("3 are there")));
   absl::StatusOr<PlanDraft> draft = DraftPlan(request);
   ASSERT_TRUE(draft.ok()) << draft.status();
   EXPECT_EQ(draft->devices_needed, 4);
@@ -342,7 +364,7 @@ TEST(PlannerTest, TooFewDevicesWaitsAndStillShowsThePlan) {
   EXPECT_EQ(draft->plan.ranks(0).worker(), "");
   EXPECT_FALSE(CheckPlan(draft->plan, 5).ok());
   request.devices.clear();
-  EXPECT_THAT(ErrorOf(request), HasSubstr("0 are free"));
+  EXPECT_THAT(ErrorOf(request), HasSubstr("0 are there"));
 }
 
 // Obeys the first remedy of a message: "key: N".
@@ -768,7 +790,7 @@ TEST(Remedies, AGlobalBatchStaysWhole) {
   const int size = SettingIn(PlanJob(request).status(), "training.micro_batch_size");
   ASSERT_GT(size, 0) << message;
   EXPECT_EQ(24 % size, 0) << message;
-  EXPECT_THAT(message, HasSubstr(" devices; 1 free)")) << message;
+  EXPECT_THAT(message, HasSubstr(" devices; 1 there)")) << message;
 }
 
 TEST(Memory, ARemedyMayBeRecomputation) {

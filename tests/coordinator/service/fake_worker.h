@@ -30,8 +30,8 @@ class FakeWorker {
  public:
   static constexpr char kWorkerVersion[] = "1.0.0";
 
-  FakeWorker(const std::string& server, std::string name, std::string incarnation, int devices = 1, std::string problem = "")
-      : name_(std::move(name)), incarnation_(std::move(incarnation)), devices_(devices), problem_(std::move(problem)) {
+  FakeWorker(const std::string& server, std::string name, std::string incarnation, int devices = 1, std::string problem = "", std::string kind = "cpu")
+      : name_(std::move(name)), incarnation_(std::move(incarnation)), devices_(devices), problem_(std::move(problem)), kind_(std::move(kind)) {
     Connect(server);
   }
   ~FakeWorker() { Disconnect(); }
@@ -58,8 +58,8 @@ class FakeWorker {
     if (!problem_.empty()) hello.add_problems(problem_);
     for (int i = 0; i < devices_; ++i) {
       v1::Device& device = *hello.add_devices();
-      device.set_id(absl::StrCat("cpu:", i));
-      device.set_kind("cpu");
+      device.set_id(absl::StrCat(kind_, ":", i));
+      device.set_kind(kind_);
       device.set_threads(1);
     }
     for (const auto& [rank, directive] : running_) *hello.add_running() = directive.rank();
@@ -211,6 +211,7 @@ class FakeWorker {
   const std::string incarnation_;
   const int devices_;
   const std::string problem_;
+  const std::string kind_;  // of its devices
   std::unique_ptr<v1::WorkerService::Stub> stub_;
   std::unique_ptr<grpc::ClientContext> context_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::WorkerMessage, v1::CoordinatorMessage>> stream_;

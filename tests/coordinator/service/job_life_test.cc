@@ -242,6 +242,35 @@ TEST_F(JobLifeTest, ASilentWorkerIsLostWhenItsLeaseEnds) {
   EXPECT_TRUE(lost);
 }
 
+TEST_F(JobLifeTest, WhereThereAreGpusAJobWaitsForThemWhileCpusAreFree) {
+  options_.lease = absl::Milliseconds(800);
+  Up();
+  Register();
+  FakeWorker cpu(address_, "cpu", "first", 2);
+  workers_.push_back(std::make_unique<FakeWorker>(address_, "gpu", "first", 1, "", "cuda"));
+  ASSERT_TRUE(cpu.WaitForWelcome() && workers_[0]->WaitForWelcome());
+  const std::string first = Submit(Spec(1), "first");
+  EXPECT_EQ(workers_[0]->WaitForRank(0, 1).rank().job_id(), first);
+  const std::string second = Submit(Spec(1), "second");
+  WaitUntil(second, [](const v1::Job& job) { return job.status().state() == v1::JOB_STATE_STARTING || job.status().queue_position() > 0; });
+  EXPECT_EQ(Get(second).status().reason().message(), "waits for 1 cuda device, 0 of 1 free; position 1");
+  grpc::ClientContext context;
+  v1::CancelJobRequest cancel;
+  cancel.set_id(second);
+  v1::Job cancelled;
+  ASSERT_TRUE(jobs_->CancelJob(&context, cancel, &cancelled).ok());
+  // The only GPU goes: what ran on it waits until it is back.
+  workers_[0].reset();
+  const v1::Job waits = WaitUntil(first, [](const v1::Job& job) {
+    return job.status().reason().code() == "NO_CAPACITY" || (job.status().restarts() > 0 && job.status().state() == v1::JOB_STATE_STARTING);
+  });
+  EXPECT_EQ(waits.status().reason().message(), "needs 1 cuda device as before, the cluster has 0; position 1");
+  EXPECT_EQ(waits.status().state(), v1::JOB_STATE_QUEUED);
+  workers_[0] = std::make_unique<FakeWorker>(address_, "gpu", "second", 1, "", "cuda");
+  EXPECT_EQ(workers_[0]->WaitForRank(0, 2).rank().job_id(), first);
+  EXPECT_TRUE(cpu.WaitForNothing());
+}
+
 TEST_F(JobLifeTest, ARestartedCoordinatorAdoptsWhatRuns) {
   Begin();
   const std::string id = Submit(Spec(2));

@@ -90,7 +90,7 @@ class NoFiles : public WorkerFiles {
 };
 
 // As many devices as parallel.pipeline_parallel_size, in the order given.
-inline PlanAttempt PlanAsAsked(const v1::JobRecord& record, const v1::ModelRecord&, const std::vector<OfferedDevice>& devices) {
+inline PlanAttempt PlanAsAsked(const v1::JobRecord& record, const v1::ModelRecord&, const std::vector<OfferedDevice>& devices, const std::string&) {
   PlanAttempt attempt;
   const int size = attempt.devices_needed = record.job().spec().parallel().pipeline_parallel_size();
   if (static_cast<int>(devices.size()) < size) return attempt;
