@@ -116,7 +116,6 @@ absl::Status Trainer::Train() {
   }
   tracer_->Finish(state_.step);
   FillState(state_.step);
-  LogPeakMemory();
   reporter_->Finished(state_, state_.step < plan().total_steps ? "early_stopping" : "max_steps");
   return absl::OkStatus();
 }
@@ -137,6 +136,7 @@ void Trainer::LogPeakMemory() {
     Log(absl::StrFormat("memory: %d bytes at the peak, %d planned", usage.ru_maxrss * int64_t{1024}, me.peak_bytes));
     return;
   }
+  RecordDeviceMemory();
   const CudaMemory memory = cuda_->Memory(0);
   Log(absl::StrFormat("device memory: %d bytes at the peak, %d planned; %d bytes outside of the allocator, %d planned", device_peak_bytes_.load(),
                       me.peak_bytes - me.runtime_bytes, memory.device_bytes - memory.device_free_bytes - memory.reserved_bytes, me.runtime_bytes));
@@ -168,14 +168,16 @@ absl::Status Trainer::TrainStep(int64_t step) {
   double squares = 0;
   for (const double square : sums.squares) squares += square;
   const double grad_norm = std::sqrt(squares) / scale;
-  const double learning_rate = LearningRate(config_.schedule, step);
+  // Schedule and AdamW count the steps that were taken, as DeepSpeed and accelerate do: a skipped one is made up for at the same rate.
+  const int64_t update = step - state_.skipped_steps;
+  const double learning_rate = LearningRate(config_.schedule, update);
 
   activity_.Enter(Section::kOptimizer);
   if (skipped) {
-    if (scaler_.exhausted()) return finite;  // no smaller scale is left to try
+    if (scaler_.exhausted()) return FoundByAll(finite);  // no smaller scale is left to try
     ++state_.skipped_steps;
   } else {
-    PPFT_RETURN_IF_ERROR(adapter_->Update(step - state_.skipped_steps, learning_rate, ClipFactor(grad_norm, config_.max_grad_norm) / scale));
+    PPFT_RETURN_IF_ERROR(adapter_->Update(update, learning_rate, ClipFactor(grad_norm, config_.max_grad_norm) / scale));
   }
   scaler_.Update(skipped);
   if (skipped) NoteSkipped(step, scale, finite);

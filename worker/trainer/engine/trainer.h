@@ -112,6 +112,8 @@ class Trainer {
   std::vector<int32_t> Probe() const;  // the first tokens of the data
   // On the other replicas: takes part in the passes of replica 0's Verify that need all of them.
   absl::Status HelpVerify();
+  // The last use of the trained model is over: its memory is free for what was read back.
+  void DropTrainedModel();
   absl::Status Verify(const std::string& adapter_path, const std::string& merged_path, std::vector<Verification>* verifications);
   // How far a is from b at most: {absolute, relative to b's largest}. The last stage's, known to all of replica 0.
   absl::StatusOr<std::array<double, 2>> DifferenceToAll(const at::Tensor& a, const at::Tensor& b);

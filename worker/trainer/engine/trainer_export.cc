@@ -93,11 +93,16 @@ absl::Status Trainer::Export() {
     adapter_->UseBest();
     written.step = state_.best_step;
   }
-  if (config_.me().replica != 0) return config_.verify && shares_layers() ? HelpVerify() : absl::OkStatus();
+  if (config_.me().replica != 0) {
+    if (config_.verify && shares_layers()) PPFT_RETURN_IF_ERROR(HelpVerify());
+    LogPeakMemory();
+    return absl::OkStatus();
+  }
   std::string adapter_path, merged_path;
   PPFT_RETURN_IF_ERROR(WriteArtifacts(&written, &adapter_path, &merged_path));
   if (config_.verify) PPFT_RETURN_IF_ERROR(Verify(adapter_path, merged_path, &written.verifications));
   PPFT_RETURN_IF_ERROR(TransportStatus());
+  LogPeakMemory();
   reporter_->Exported(written);
   return absl::OkStatus();
 }
@@ -165,10 +170,17 @@ absl::StatusOr<std::map<int, std::unique_ptr<StageModel>>> Trainer::MergedStages
     options.least_tokens = 0;
     options.capture = false;
     // The file lies on this rank alone, and the whole of it may be more than fits.
-    if (shares_layers()) options.weights = WeightHome::kStreamed;
+    options.weights = WeightHome::kStreamed;
     PPFT_ASSIGN_OR_RETURN(stages[stage], factory_(model_config_, options, source));
   }
   return stages;
+}
+
+void Trainer::DropTrainedModel() {
+  if (cuda_ != nullptr) cuda_->Synchronize(0);
+  interpreter_->SetStages({});
+  adapter_.reset();
+  stages_.clear();
 }
 
 absl::Status Trainer::Verify(const std::string& adapter_path, const std::string& merged_path, std::vector<Verification>* verifications) {
@@ -209,12 +221,13 @@ absl::Status Trainer::Verify(const std::string& adapter_path, const std::string&
     if (merged_path.empty()) return absl::OkStatus();
 
     activity_.Enter(Section::kExport);
+    DropTrainedModel();
     PPFT_ASSIGN_OR_RETURN(const auto merged, MergedStages(merged_path));
     std::map<int, StageModel*> map;
     for (const auto& [stage, model] : merged) map[stage] = model.get();
     interpreter_->SetStages(std::move(map));
     PPFT_RETURN_IF_ERROR(ProbeLogits(probe, &read));
-    interpreter_->SetStages(StageMap());
+    interpreter_->SetStages({});
     return compare("merged");
   });
 }

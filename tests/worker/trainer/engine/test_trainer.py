@@ -285,9 +285,13 @@ def test_fp16_skips_overflows_and_comes_down(start, calm, tmp_path):
     assert [int(s['step']) for s in told] == [int(r['step']) for r in run.rows() if r['skipped']]
     assert [s['loss_scale'] for s in told] == [2.0 ** (32 - i) for i in range(skipped)] and all(s['next_loss_scale'] == s['loss_scale'] / 2 for s in told)
     assert all('is not finite' in s['reason'] and 'stage' in s['reason'] for s in told)
+    # The schedule waits with them: the first update has the first rate, whenever it comes.
+    rates = [r['learning_rate'] for r in calm.rows()]
+    assert [r['learning_rate'] for r in run.rows()] == [rates[i - sum(flags[:i])] for i in range(STEPS)]
     # The scaler goes on from a checkpoint where it stood.
     again = Run(resumed(start, run, 10, int(run.checkpoint(10)[0]['state']['best_step'])), tmp_path / 'again', pp=2)
     assert again.losses() == run.losses()[10:] and [r['loss_scale'] for r in again.rows()] == [r['loss_scale'] for r in run.rows()][10:]
+    assert [r['learning_rate'] for r in again.rows()] == [r['learning_rate'] for r in run.rows()][10:]
     assert run.losses()[-1] < run.losses()[0]
 
 
