@@ -9,6 +9,8 @@ from peers import version_of
 # Dense bf16 peak of the data sheet, FLOP/s: what "mfu" divides by.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 OURS = "ppft"
+# Of a rank's time, in the order of the table; what else a timeline has comes behind them, what is left last.
+KINDS = ["forward", "backward", "sends", "receives", "collectives", "optimizer"]
 
 
 class Report:
@@ -115,6 +117,7 @@ def print_table(lines, comparisons):
     for row in [columns, *rows]:
         print("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
               if len(row) == len(columns) else f"{row[0].ljust(widths[0])}  {row[1].ljust(widths[1])}  {row[2]}")
+    print_busy(lines)
     if comparisons:
         print(f"\n{'compared':14} {'with':20} {'what':29} {'ours':>10} {'theirs':>10} {'ratio':>7} {'target':>7} {'aim':>6}")
     for c in comparisons:
@@ -122,8 +125,27 @@ def print_table(lines, comparisons):
               f"{number(c['aim'], '.2f') or number(c['aim_value'], '.0f') + (' s' if c['aim_value'] else ''):>6}  {c['met']}")
 
 
+def busy_table(lines):
+    """(columns, rows) of what each stage of ours did with its time, as shares of it; no rows without timelines."""
+    shares = [(line, stage, kinds) for line in lines if line.get("busy_share") for stage, kinds in line["busy_share"].items() if stage != "times"]
+    more = sorted({kind for _, _, kinds in shares for kind in kinds} - {*KINDS, "rest"})
+    named = [*KINDS, *more, "rest"]
+    rows = [[line["case"], line["side"], stage, *(f"{kinds[kind]:.3f}" if kind in kinds else "" for kind in named), line["busy_share"].get("times") or ""] for line, stage, kinds in shares]
+    return ["case", "side", "stage", *named, "times of"], rows
+
+
+def print_busy(lines):
+    columns, rows = busy_table(lines)
+    if not rows:
+        return
+    print("\nShares of a stage's time, by its timeline:")
+    widths = [max(map(len, column)) for column in zip(columns, *rows)]
+    for row in [columns, *rows]:
+        print("  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))))
+
+
 def print_markdown(lines):
-    """The figures as the README has them: a row a case, ours first, then each peer with ours / peer."""
+    """The figures as the README has them: a row a case, ours first, then each peer with ours / peer; then the shares of the stages' time."""
     cases = {}
     for line in lines:
         if "side" in line:
@@ -143,3 +165,6 @@ def print_markdown(lines):
         memory = ", ".join(f"{side} {peak_of(line):.1f} ({peak / peak_of(line):.2f})" for side, line in others.items() if peak and peak_of(line))
         mfu_text = f", MFU {ours['mfu']:.2f}" if ours.get("mfu") else ""
         print(f"| {case} | {form(ours[metric])}{mfu_text} | {speed} | {f'{peak:.1f} GiB; {memory}' if peak else ''} |")
+    columns, rows = busy_table(lines)
+    for row in [columns, ["---"] * len(columns), *rows] if rows else []:
+        print(("\n" if row is columns else "") + "| " + " | ".join(row) + " |")

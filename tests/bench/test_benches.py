@@ -12,7 +12,7 @@ sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent / "gpu"))
 from our_side import busy_share
 from random_model import make_apart
-from report import OURS, Target
+from report import OURS, Target, print_markdown, print_table
 from workload import SHAPES, adapter_weights, step_flops
 
 
@@ -54,8 +54,10 @@ def test_one_device_against_peft(tmp_path):
 
 
 def test_two_stages_against_torch_pipelining(tmp_path):
-    lines, _ = run(tmp_path, "pipeline_vs_torch", "--which", "eager")
-    check_trained(lines, "1b-16x2x2048", {"ppft", "ppft, 1 device", "eager"})
+    lines, text = run(tmp_path, "pipeline_vs_torch", "--which", "eager")
+    found = check_trained(lines, "1b-16x2x2048", {"ppft", "ppft, 1 device", "eager"})
+    stages = [stage for line in found.values() for stage in line.get("busy_share", {}) if stage != "times"]
+    assert text.count("  host\n") == len(stages), "each stage with a timeline is a row"
 
 
 def test_a_peer_past_its_limit_is_a_line(tmp_path):
@@ -96,6 +98,19 @@ def test_ratios(metric, lines, ratio, met):
     less = metric == "peak_gib"
     found = Target("c", ["a", "b"], metric, 1.0, 0.9 if less else 1.25).compare(lines)
     assert found["ratio"] == pytest.approx(ratio) and found["met"] == met
+
+
+def test_busy_shares_are_a_table_by_stage_and_kind(capsys):
+    shares = {"times": "device", "stage 0": {"forward": 0.4, "sends": 0.01, "backward": 0.56, "rest": 0.03}, "stage 1": {"receives": 0.15, "forward": 0.5, "collectives": 0.04, "checkpoint": 0.2, "rest": 0.11}}
+    print_table([line(OURS, 100, busy_share=shares), line("a", 90), line("b", skipped="not installed: b")], [])
+    table = [row.split() for row in capsys.readouterr().out.split("timeline:\n")[1].splitlines()]
+    assert table == [["case", "side", "stage", "forward", "backward", "sends", "receives", "collectives", "optimizer", "checkpoint", "rest", "times", "of"],
+                     ["c", "ppft", "stage", "0", "0.400", "0.560", "0.010", "0.030", "device"], ["c", "ppft", "stage", "1", "0.500", "0.150", "0.040", "0.200", "0.110", "device"]]
+    print_markdown([line(OURS, 100, busy_share=shares), line("a", 90)])
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    assert {row.count("|") for row in rows} == {13} and rows[2].startswith("| c | ppft | stage 0 | 0.400 | 0.560 | 0.010 |  |"), rows
+    print_table([line(OURS, 100), line("a", 90)], [])
+    assert "timeline" not in capsys.readouterr().out
 
 
 def test_no_ratio_without_both_sides():
