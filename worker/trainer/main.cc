@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -35,6 +36,20 @@ constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
 // Of a device's memory: what others hold beyond this is not the context and the communicators of this process.
 constexpr int64_t kForeignBytes = int64_t{4} << 30;
 constexpr char kForeignRemedy[] = "end the other processes on that device, or give the worker devices of its own; the job tries again by itself";
+
+// Does something beside this thread, until it is asked to be done.
+class Aside {
+ public:
+  template <typename Body>
+  explicit Aside(Body body) : thread_(std::move(body)) {}
+  ~Aside() { Join(); }
+  void Join() {
+    if (thread_.joinable()) thread_.join();
+  }
+
+ private:
+  std::thread thread_;
+};
 
 // The first product loads cuBLAS and its kernels.
 void WarmUp(CudaRuntime& cuda) {
@@ -103,6 +118,14 @@ absl::Status ExplainMemory(const absl::Status& status, const TrainerConfig& conf
 
 absl::Status Work(const std::string& device, Control& control, std::unique_ptr<Trainer>& trainer) {
   const absl::StatusOr<UsedDevice> used = UseDevice(device);
+  Aside attention([cuda = used.ok() ? used->cuda : nullptr] {
+    if (cuda == nullptr) return;
+    // What goes wrong here goes wrong again, and is told, where it is needed.
+    CatchTorch("", [&] {
+      cuda->LoadAttention(0);
+      return absl::OkStatus();
+    }).IgnoreError();
+  });
   PPFT_ASSIGN_OR_RETURN(const TrainerConfig config, control.AwaitStart());
   control.SetSource(absl::StrCat("rank-", config.rank));
   at::set_num_threads(config.plan.threads_per_rank);
@@ -118,6 +141,7 @@ absl::Status Work(const std::string& device, Control& control, std::unique_ptr<T
   trainer->FollowOrders(&control.trace_orders());
   const auto run = [&]() -> absl::Status {
     PPFT_RETURN_IF_ERROR(trainer->Load());
+    attention.Join();  // nothing that may make the device wait runs beside transfers
     PPFT_ASSIGN_OR_RETURN(const std::vector<std::string> endpoints, control.AwaitPeers());
     PPFT_RETURN_IF_ERROR(trainer->Connect(std::move(listener), endpoints));
     return trainer->Run();

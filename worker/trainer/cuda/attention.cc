@@ -136,6 +136,11 @@ AttentionPath Attention::PathOf(at::ScalarType type, const HeadLayout& heads, co
   return AttentionPath::kFlash;
 }
 
+void Attention::Load() {
+  const HeadLayout heads{8, 8, 64};
+  PathOf(at::kBFloat16, heads, DocumentsShape({0, 512}), heads.q_size());
+}
+
 AttentionShape Attention::ShapeOf(at::ScalarType type, const HeadLayout& heads, const DocumentsShape& documents, int64_t out_stride) {
   if (documents.uniform > 0) {
     const AttentionShape uniform(type, heads, documents, out_stride, true);

@@ -25,6 +25,9 @@ class Attention {
   void Backward(const at::Tensor& dout, const QkvParts& qkv, const HeadLayout& heads, const Documents& documents, const at::Tensor& out, const at::Tensor& lse,
                 const QkvParts& dqkv, const at::Tensor& room);
 
+  // Loads the libraries of the path that documents of 64-column heads in bf16 take.
+  void Load();
+
  private:
   // What cuDNN's plan is made for: the same for both passes.
   AttentionShape ShapeOf(at::ScalarType type, const HeadLayout& heads, const DocumentsShape& documents, int64_t out_stride);

@@ -12,6 +12,7 @@
 #include <map>
 
 #include "worker/trainer/comm/nccl/nccl_comm.h"
+#include "worker/trainer/cuda/attention.h"
 #include "worker/trainer/cuda/cuda_timer.h"
 #include "worker/trainer/kernels/cuda/cuda_kernels.h"
 #include "worker/trainer/kernels/cuda/device_optimizer.h"
@@ -101,6 +102,11 @@ class CudaRuntimeImpl final : public CudaRuntime {
   void Synchronize(int device) override {
     c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
     Check(cudaDeviceSynchronize(), "CUDA device");
+  }
+
+  void LoadAttention(int device) override {
+    c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
+    Attention(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device))).Load();
   }
 
   Kernels& KernelsOf(int device) override {

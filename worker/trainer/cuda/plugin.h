@@ -48,6 +48,10 @@ class CudaRuntime {
   // Waits until the device has done all work; throws what went wrong there.
   virtual void Synchronize(int device) = 0;
 
+  // Loads the libraries that the first pass would wait for (cuDNN's, by building attention once). Any thread, beside the one that loads the model; takes about
+  // a second and throws what the first pass would throw.
+  virtual void LoadAttention(int device) = 0;
+
   // One object per device, alive until the process ends.
   virtual Kernels& KernelsOf(int device) = 0;
   virtual std::unique_ptr<DeviceOptimizer> MakeOptimizer(FlatParameters parameters) = 0;
@@ -64,7 +68,7 @@ class CudaRuntime {
   virtual std::unique_ptr<DeviceTimer> MakeTimer() = 0;
 };
 
-inline constexpr int kCudaPluginAbi = 2;
+inline constexpr int kCudaPluginAbi = 3;
 
 }  // namespace ppft::trainer
 

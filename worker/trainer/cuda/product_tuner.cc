@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <numeric>
 #include <vector>
 
 #include "worker/trainer/kernels/cuda/launch.h"
@@ -22,6 +23,8 @@ constexpr float kHeatMilliseconds = 80;
 constexpr std::chrono::seconds kCold(1);
 // Another algorithm than the first has to gain so much.
 constexpr double kWorth = 0.99;
+// So much slower than the fastest in the rounds so far, and an algorithm has lost.
+constexpr double kMayWin = 1.04;
 constexpr size_t kMostProducts = 2048;
 
 // cublasLt.h in small: the types and numbers of its stable interface.
@@ -203,7 +206,7 @@ void ProductTuner::Heat(const Product& product, const at::Tensor& a, const at::T
   }
 }
 
-// All candidates in turn, some rounds of it: they meet the same clocks.
+// All candidates in turn, some rounds of it: they meet the same clocks. After the first round only those go on that may still win.
 void ProductTuner::Tune(Product& product, const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
   Heuristic found[kCandidates] = {};
   const int count = product.Candidates(found);
@@ -211,26 +214,31 @@ void ProductTuner::Tune(Product& product, const at::Tensor& a, const at::Tensor&
   product.algorithm = found[0].algorithm;
   if (std::chrono::steady_clock::now() - tuned_at_ > kCold) Heat(product, a, b, out);
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  std::vector<cudaEvent_t> events(static_cast<size_t>(kRounds * count + 1));
+  std::vector<cudaEvent_t> events(static_cast<size_t>(count) + 1);
   for (cudaEvent_t& event : events) Check(cudaEventCreate(&event), "cudaEventCreate");
   for (int i = 0; i < count; ++i) product.Launch(found[i].algorithm, a, b, out, stream);  // loads the kernels
-  size_t at = 0;
-  Check(cudaEventRecord(events[at++], stream), "cudaEventRecord");
+  std::vector<int> left(static_cast<size_t>(count));
+  std::iota(left.begin(), left.end(), 0);
+  std::vector<double> milliseconds(left.size(), 0.0);  // of the rounds so far
+  const auto fastest = [&] { return *std::min_element(left.begin(), left.end(), [&](int x, int y) { return milliseconds[x] < milliseconds[y]; }); };
   for (int round = 0; round < kRounds; ++round) {
-    for (int i = 0; i < count; ++i) {
-      product.Launch(found[i].algorithm, a, b, out, stream);
-      Check(cudaEventRecord(events[at++], stream), "cudaEventRecord");
+    Check(cudaEventRecord(events[0], stream), "cudaEventRecord");
+    for (size_t i = 0; i < left.size(); ++i) {
+      product.Launch(found[left[i]].algorithm, a, b, out, stream);
+      Check(cudaEventRecord(events[i + 1], stream), "cudaEventRecord");
     }
-  }
-  Check(cudaStreamSynchronize(stream), "a product");
-  std::vector<double> milliseconds(static_cast<size_t>(count), 0.0);
-  for (size_t i = 0; i + 1 < events.size(); ++i) {
-    float elapsed = 0;
-    Check(cudaEventElapsedTime(&elapsed, events[i], events[i + 1]), "cudaEventElapsedTime");
-    milliseconds[i % static_cast<size_t>(count)] += elapsed;
+    Check(cudaStreamSynchronize(stream), "a product");
+    for (size_t i = 0; i < left.size(); ++i) {
+      float elapsed = 0;
+      Check(cudaEventElapsedTime(&elapsed, events[i], events[i + 1]), "cudaEventElapsedTime");
+      milliseconds[left[i]] += elapsed;
+    }
+    const double most = kMayWin * milliseconds[fastest()];
+    // The first is what the others are measured against.
+    std::erase_if(left, [&](int i) { return i > 0 && milliseconds[i] > most; });
   }
   for (const cudaEvent_t event : events) cudaEventDestroy(event);
-  const size_t best = static_cast<size_t>(std::min_element(milliseconds.begin(), milliseconds.end()) - milliseconds.begin());
+  const int best = fastest();
   product.algorithm = found[milliseconds[best] < kWorth * milliseconds[0] ? best : 0].algorithm;
   product.serves = true;
   tuned_at_ = std::chrono::steady_clock::now();
