@@ -109,9 +109,9 @@ class OurSide:
             "first_loss": round(rows[0]["loss"], 5), "last_loss": round(rows[-1]["loss"], 5), "submit_to_first_step_s": round(first_step - begin, 2),
             "busy_share": busy, "layers": [stage.get("layers") for stage in status.get("assignment", [])],
         }
-        peaks = self.service.peak_bytes(job)
+        peaks = [[round(bytes_ / 2**30, 2) for bytes_ in peak] for peak in self.service.device_peaks(job)]
         if peaks:
-            out["peak_gib"] = {"trainer": [round(peak / 2**30, 2) for peak in peaks]}
+            out["peak_gib"] = {"allocated": [held for _, held in peaks], "reserved": [reserved for reserved, _ in peaks]}
         out.update(self.watch.figures(timed_from, last_step or time.time(), out.get("peak_gib", {})))
         return out
 

@@ -58,9 +58,8 @@ def mfu(flops, seconds, watch, devices=1):
 
 
 def peak_of(line):
-    """GiB of the fullest device: what the trainer reserved for ours, what torch had allocated at most for the peers."""
-    peaks = line.get("peak_gib", {})
-    value = peaks.get("trainer", peaks.get("allocated"))
+    """GiB of the fullest device: what torch's allocator had given to tensors at most, on both sides."""
+    value = line.get("peak_gib", {}).get("allocated")
     return max(value) if isinstance(value, list) and value else value or None
 
 
@@ -109,7 +108,7 @@ def print_table(lines, comparisons):
         busy = line.get("gpu_busy")
         rows.append([line["case"], line["side"], number(line.get("tokens_per_second"), ",.0f"), number(line.get("supervised_tokens_per_second"), ",.0f"),
                      number(line.get("step_ms"), ".1f"), number(line.get("mfu"), ".3f"), "" if not busy else "/".join(f"{b:.2f}" for b in busy),
-                     many(peaks.get("trainer", peaks.get("allocated"))), many(peaks.get("device")), number(line.get("start_to_first_step_s"), ".1f"),
+                     many(peaks.get("allocated")), many(peaks.get("device")), number(line.get("start_to_first_step_s"), ".1f"),
                      f"{line['first_loss']:.3f} > {line['last_loss']:.3f}" if "first_loss" in line and "last_loss" in line else ""])
     full = [row for row in rows if len(row) == len(columns)]
     widths = [max(map(len, column)) for column in zip(columns, *full)] if full else list(map(len, columns))

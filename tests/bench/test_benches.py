@@ -91,8 +91,8 @@ def test_fetch_and_start(tmp_path):
     ("tokens_per_second", [line(OURS, 130), line("a", 100)], 1.3, "aim"),
     ("tokens_per_second", [line(OURS, 110), line("a", 100)], 1.1, "target"),
     ("tokens_per_second", [line(OURS, 130), line("a", 100), line("b", 200)], 0.65, "missed"),  # the better of the two counts
-    ("peak_gib", [line(OURS, peak={"trainer": [8.0, 12.0]}), line("a", peak={"allocated": 10.0}), line("b", peak={"allocated": 16.0})], 1.2, "missed"),
-    ("peak_gib", [line(OURS, peak={"trainer": [9.0]}), line("a", peak={"allocated": 10.0})], 0.9, "aim"),
+    ("peak_gib", [line(OURS, peak={"allocated": [8.0, 12.0]}), line("a", peak={"allocated": 10.0}), line("b", peak={"allocated": 16.0})], 1.2, "missed"),
+    ("peak_gib", [line(OURS, peak={"allocated": [9.0]}), line("a", peak={"allocated": 10.0})], 0.9, "aim"),
 ])
 def test_ratios(metric, lines, ratio, met):
     less = metric == "peak_gib"

@@ -93,7 +93,12 @@ class Service:
 
     def peak_bytes(self, job):
         """What each rank on a GPU reserved there at most, as its trainer says at the end."""
-        return [int(n) for n in re.findall(r"device memory: (\d+) bytes at the peak", self.ppctl("logs", job, check=False))]
+        return [reserved for reserved, _ in self.device_peaks(job)]
+
+    def device_peaks(self, job):
+        """For each rank on a GPU what it reserved at most, and what its tensors held at most."""
+        found = re.findall(r"device memory: (\d+) bytes at the peak.* tensors held (\d+)", self.ppctl("logs", job, check=False))
+        return [(int(reserved), int(held)) for reserved, held in found]
 
     def memory(self, job):
         """By rank: the plan's estimate and the peak that the trainer measured. On a GPU without what does not pass through LibTorch's allocator, which is

@@ -138,8 +138,9 @@ void Trainer::LogPeakMemory() {
   }
   RecordDeviceMemory();
   const CudaMemory memory = cuda_->Memory(0);
-  Log(absl::StrFormat("device memory: %d bytes at the peak, %d planned; %d bytes outside of the allocator, %d planned", device_peak_bytes_.load(),
-                      me.peak_bytes - me.runtime_bytes, memory.device_bytes - memory.device_free_bytes - memory.reserved_bytes, me.runtime_bytes));
+  Log(absl::StrFormat("device memory: %d bytes at the peak, %d planned; %d bytes outside of the allocator, %d planned; tensors held %d",
+                      device_peak_bytes_.load(), me.peak_bytes - me.runtime_bytes, memory.device_bytes - memory.device_free_bytes - memory.reserved_bytes,
+                      me.runtime_bytes, memory.peak_allocated_bytes));
 }
 
 void Trainer::RecordDeviceMemory() {
