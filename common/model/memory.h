@@ -44,6 +44,9 @@ inline constexpr int64_t kCudaSmallHeadRows = 1024;  // with full checkpointing:
 // A GPU's passes over up to so many tokens are captured, and what they allocate for a while comes from a pool of their own.
 inline constexpr int64_t kMostCapturedTokens = 32768;
 
+// Of the document that a verification sends through the model; a pass may be padded to twice as many.
+inline constexpr int64_t kProbeTokens = 64;
+
 // Whether a GPU's attention is plain products, document by document from the host: where neither cuDNN nor flash serves. Such passes are not captured, for a
 // captured one keeps the documents that it was captured with.
 inline constexpr bool AttentionIsPlainProducts(int64_t compute_bytes, int64_t head_dim) { return compute_bytes != 2 || head_dim % 8 != 0 || head_dim > 256; }

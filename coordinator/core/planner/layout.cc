@@ -192,6 +192,11 @@ model::StageMemoryOptions MemoryOptionsOf(const v1::JobSpec& spec, const model::
   return options;
 }
 
+bool Merges(const v1::JobSpec& spec) {
+  const auto& formats = spec.output().formats();
+  return std::find(formats.begin(), formats.end(), "merged") != formats.end();
+}
+
 struct Costs {
   model::Flops layer;
   model::Flops head;
@@ -331,7 +336,8 @@ absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelCon
   PPFT_ASSIGN_OR_RETURN(layout.simulation, pipeline::Simulate(layout.programs, {num_stages, layout.num_passes()}, options));
   const model::LoraShape lora = LoraOf(spec);
   for (int rank = 0; rank < pipeline_size; ++rank) {
-    layout.memory.push_back(RankMemory({config, lora, memory, layout.stages, layout.programs[rank], layout.simulation, rank}));
+    layout.memory.push_back(
+        RankMemory({config, lora, memory, layout.stages, layout.programs[rank], layout.simulation, rank, Merges(spec), spec.output().verify()}));
     layout.peak_bytes.push_back(TotalBytes(layout.memory.back()));
   }
   return layout;

@@ -4,6 +4,7 @@
 #include <map>
 
 #include "absl/strings/str_format.h"
+#include "common/model/inventory.h"
 
 namespace ppft::coordinator {
 namespace {
@@ -51,6 +52,33 @@ int64_t TransferBytes(const RankMemoryInput& input) {
   return Bounded(static_cast<double>(messages) * static_cast<double>(hidden));
 }
 
+// What an export needs beside weights and adapter, once the steps have given back what only they need: a matrix at a time is merged in fp32 and narrowed, a
+// short document goes through the stages. A merged model that was read back comes when all of the trained one is gone, and holds a layer instead of all.
+// `held`: by the rank's stages.
+int64_t ExportBytes(const RankMemoryInput& input, const std::map<int, int>& held) {
+  int64_t merging = 0, probing = 0;
+  if (input.merges) {
+    for (const std::string& module : model::TargetModules()) {
+      const model::LinearShape shape = model::ShapeOfModule(input.config, module);
+      merging = std::max(merging, shape.out * shape.in * (4 + 2));
+    }
+  }
+  if (input.verifies) {
+    model::StageMemoryOptions probe = input.options;
+    probe.tokens = 2 * model::kProbeTokens;
+    probe.targets = probe.longest_document = model::kProbeTokens;
+    probe.evaluates = true;
+    probe.checkpointing = model::ActivationCheckpointing::kNone;
+    for (const v1::StagePlan& stage : input.stages) {
+      if (held.count(stage.stage()) == 0) continue;
+      const model::StageMemory memory = StageMemoryOf(input.config, input.lora, stage, probe);
+      probing += memory.transient + memory.scratch;
+      if (stage.has_head()) probing += model::kProbeTokens * input.config.vocab_size * (4 + input.options.compute_bytes);
+    }
+  }
+  return std::max(merging, probing);
+}
+
 }  // namespace
 
 int64_t ComputeBytes(absl::string_view compute) { return compute == "fp32" ? 4 : 2; }
@@ -77,7 +105,10 @@ v1::MemoryEstimate RankMemory(const RankMemoryInput& input) {
     // A checkpoint's copies; on a GPU they are made on the host.
     if (!cuda) temporary = std::max(temporary, 3 * memory.masters);
   }
-  workspace += temporary + (cuda ? kCublasWorkspaceBytes : 0);
+  workspace += temporary;
+  const double exported = static_cast<double>(ExportBytes(input, peak));
+  if (exported > activations + static_cast<double>(workspace)) workspace = Bounded(exported - activations);
+  if (cuda) workspace += kCublasWorkspaceBytes;
   v1::MemoryEstimate estimate;
   estimate.set_weight_bytes(weights);
   estimate.set_adapter_bytes(adapter);

@@ -28,6 +28,8 @@ struct RankMemoryInput {
   const pipeline::Program& program;          // of this rank
   const pipeline::Simulation& simulation;
   int pipeline_rank = 0;
+  bool merges = false;    // the export writes a merged model
+  bool verifies = false;  // the export sends a probe through the model
 };
 
 // Every part of a rank: its stages, messages to and from its neighbours as the schedule holds them, and the runtime itself.

@@ -555,6 +555,34 @@ TEST(Memory, MeasuredPeaksAreWithinATenth) {
   }
 }
 
+// A short step needs less than the export; a usual one hides it.
+TEST(Memory, AnExportHasRoom) {
+  const auto planned = [](int length, bool merged, bool verify) {
+    v1::JobSpec spec = Spec();
+    spec.mutable_data()->set_sequence_len(length);
+    spec.mutable_training()->set_micro_batch_size(1);
+    spec.mutable_parallel()->set_pipeline_parallel_size(1);
+    spec.mutable_parallel()->set_merge_micro_batches("off");
+    spec.mutable_output()->clear_formats();
+    spec.mutable_output()->add_formats("adapter");
+    if (merged) spec.mutable_output()->add_formats("merged");
+    spec.mutable_output()->set_verify(verify);
+    model::ModelConfig config = Llama8B();
+    config.vocab_size = 1000000;
+    const absl::StatusOr<v1::Plan> plan = PlanJob({spec, config, 10, Workers({1}, "cuda", 140 * kGiB)});
+    EXPECT_TRUE(plan.ok()) << plan.status();
+    return plan->ranks(0).memory();
+  };
+  const auto spare = [](const v1::MemoryEstimate& memory) { return memory.activation_bytes() + memory.workspace_bytes(); };
+  const int64_t matrix = int64_t{14336} * 4096 * (4 + 2);       // in fp32, and narrowed
+  const int64_t logits = int64_t{64} * 1000000 * (4 + 2);       // of the probe
+  const v1::MemoryEstimate neither = planned(8, false, false);  // eight tokens a step
+  EXPECT_GT(spare(planned(8, true, false)), spare(neither) + matrix / 2);
+  EXPECT_GT(spare(planned(8, false, true)), spare(neither) + logits / 2);
+  EXPECT_EQ(planned(8, true, true).weight_bytes(), neither.weight_bytes()) << "the trained model is gone when the merged one is read back";
+  EXPECT_EQ(planned(2048, true, true).SerializeAsString(), planned(2048, false, false).SerializeAsString());
+}
+
 TEST(Memory, EveryStageOfARankHasBuffersOfItsOwn) {
   const auto plan = [](int virtual_stages) {
     v1::JobSpec spec = Spec();

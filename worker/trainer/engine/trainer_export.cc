@@ -14,6 +14,7 @@
 #include "absl/strings/str_format.h"
 #include "common/base/status.h"
 #include "common/model/inventory.h"
+#include "common/model/memory.h"
 #include "common/pipeline/lowering.h"
 #include "common/pipeline/schedule.h"
 #include "worker/trainer/checkpoint/adapter_file.h"
@@ -26,7 +27,6 @@
 namespace ppft::trainer {
 namespace {
 
-constexpr int64_t kProbeTokens = 64;
 // Of a verification, whatever the vocabulary: reports and manifests stay small.
 constexpr int64_t kLogits = 256;
 constexpr int64_t kLikeliest = 64;
@@ -89,6 +89,7 @@ absl::Status Trainer::Export() {
   activity_.Enter(Section::kExport);
   ExportWritten written;
   written.step = state_.step;
+  for (StageModel* stage : Stages()) stage->EndSteps();
   if (config_.load_best_model_at_end && adapter_->has_best()) {
     adapter_->UseBest();
     written.step = state_.best_step;
@@ -110,7 +111,7 @@ absl::Status Trainer::Export() {
 std::vector<int32_t> Trainer::Probe() const {
   const data::TokenRows& rows = train_data_->rows();
   std::vector<int32_t> probe;
-  for (int64_t i = 0; i < std::min(rows.length(0), kProbeTokens); ++i)
+  for (int64_t i = 0; i < std::min(rows.length(0), model::kProbeTokens); ++i)
     probe.push_back(static_cast<int32_t>(rows.ids[static_cast<size_t>(rows.offsets[0] + i)]));
   return probe;
 }

@@ -141,6 +141,20 @@ int64_t ActivationPool::held_bytes() const {
   return bytes;
 }
 
+void ActivationPool::EndSteps() {
+  least_tokens_ = 0;
+  kept_.clear();
+  free_.clear();
+  transient_.reset();
+  ++generation_;
+}
+
+void Scratch::EndSteps() {
+  least_rows_ = 0;
+  buffers_ = {};
+  ++generation_;
+}
+
 int64_t Scratch::held_bytes() const {
   int64_t bytes = 0;
   for (const at::Tensor& buffer : buffers_) bytes += buffer.defined() ? static_cast<int64_t>(buffer.nbytes()) : 0;

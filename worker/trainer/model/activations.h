@@ -67,6 +67,8 @@ class ActivationPool {
   // With the micro-batch's numbers and the head's gradient.
   int64_t kept_bytes() const;
   int64_t held_bytes() const;  // of all sets, in use or not
+  // Gives all sets back. Later ones are made for no more tokens than they are asked for.
+  void EndSteps();
   // Changes whenever memory that passes with a backward use comes or goes.
   int64_t generation() const { return generation_; }
 
@@ -81,7 +83,7 @@ class ActivationPool {
   const Checkpointing checkpointing_;
   const at::TensorOptions compute_;
   const at::ScalarType acc_;
-  const int64_t least_tokens_;
+  int64_t least_tokens_;
   int64_t generation_ = 0;
   std::map<int, std::unique_ptr<MicrobatchActivations>> kept_;
   std::vector<std::unique_ptr<MicrobatchActivations>> free_;
@@ -99,12 +101,14 @@ class Scratch {
   // [rows, columns] contiguous, content undefined.
   at::Tensor Get(Role role, int64_t rows, int64_t columns);
   int64_t held_bytes() const;
+  // Gives all buffers back. Later ones are made for no more rows than they are asked for.
+  void EndSteps();
   // Changes whenever a buffer moves.
   int64_t generation() const { return generation_; }
 
  private:
   const at::TensorOptions compute_;
-  const int64_t least_rows_;
+  int64_t least_rows_;
   const bool shared_;
   int64_t generation_ = 0;
   std::array<at::Tensor, kRoles> buffers_;

@@ -17,8 +17,7 @@ constexpr size_t kMostEntries = 1024;
 absl::Status CapturedPasses::Run(const PassKey& key, int64_t generation, const std::function<absl::Status()>& pass, const std::function<int64_t()>& after) {
   if (!enabled_) return pass();
   if (generation != generation_ || captured_ > kMostCaptured || entries_.size() > kMostEntries) {
-    entries_.clear();
-    captured_ = 0;
+    Clear();
     generation_ = generation;
   }
   Entry& entry = entries_[key];
@@ -42,6 +41,11 @@ absl::Status CapturedPasses::Run(const PassKey& key, int64_t generation, const s
   }
   ++captured_;
   return Launch(*entry.work);
+}
+
+void CapturedPasses::Clear() {
+  entries_.clear();
+  captured_ = 0;
 }
 
 absl::Status CapturedPasses::Launch(CapturedWork& work) {

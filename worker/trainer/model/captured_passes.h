@@ -24,6 +24,8 @@ class CapturedPasses {
 
   // Does `pass`, or launches what it launched before. `generation` changes whenever a buffer moves; `after` gives it once the pass is done.
   absl::Status Run(const PassKey& key, int64_t generation, const std::function<absl::Status()>& pass, const std::function<int64_t()>& after);
+  // Gives the captured passes' memory back.
+  void Clear();
   int64_t launches() const { return launches_; }  // of captured passes, so far
 
  private:

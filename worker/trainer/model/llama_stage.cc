@@ -82,6 +82,7 @@ class LlamaStage final : public StageModel {
   absl::Status ForEachMerged(at::ScalarType dtype, const std::function<absl::Status(const std::string& name, const at::Tensor& tensor)>& visit) override;
   std::vector<model::ExpectedTensor> merged_tensors() const override;
   int64_t activation_bytes() const override { return pool_->kept_bytes(); }
+  void EndSteps() override;
   int64_t captured_launches() const override { return passes_.launches(); }
 
  private:
@@ -218,6 +219,12 @@ absl::Status LlamaStage::LoadMatrices() {
     if (sharded_ != nullptr) sharded_->Keep(i);
   }
   return absl::OkStatus();
+}
+
+void LlamaStage::EndSteps() {
+  passes_.Clear();
+  pool_->EndSteps();
+  scratch_.EndSteps();
 }
 
 absl::Status LlamaStage::UseLayer(size_t i, int next) {
@@ -538,7 +545,7 @@ absl::Status LlamaStage::ForEachMerged(at::ScalarType dtype, const std::function
     };
     const auto plain = [&](const std::string& name, const at::Tensor& held) -> absl::Status {
       PPFT_ASSIGN_OR_RETURN(const at::Tensor base, original(name, held));
-      return visit(name, base.to(at::kCPU, dtype).contiguous());
+      return visit(name, base.to(at::kCPU).to(dtype).contiguous());  // an embedding is too large for a second copy on the device
     };
     if (options_.has_embedding) PPFT_RETURN_IF_ERROR(plain(model::kEmbeddingName, embedding_));
     for (const auto& layer : layers_) {

@@ -154,6 +154,8 @@ class StageModel {
   virtual std::vector<model::ExpectedTensor> merged_tensors() const = 0;
 
   virtual int64_t activation_bytes() const = 0;  // held now for backward
+  // The last step is over: what only steps need is given back. Passes without a backward go on, with buffers of no more than they need.
+  virtual void EndSteps() {}
   // Passes that were launched as captured, so far.
   virtual int64_t captured_launches() const { return 0; }
   virtual HeldBytes held_bytes() const { return {}; }

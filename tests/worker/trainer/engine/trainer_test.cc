@@ -35,10 +35,11 @@ constexpr char kConfig[] = R"({"architectures": ["LlamaForCausalLM"], "model_typ
 
 // What the stages of a test have done, and are to do.
 struct StageLog {
-  std::set<int64_t> overflows;       // steps whose gradients are infinite
-  std::vector<WeightHome> made;      // of each stage, in order
-  std::vector<HeldBytes> held;       // once made
-  std::vector<int> alive_when_made;  // others
+  std::set<int64_t> overflows;                // steps whose gradients are infinite
+  std::vector<WeightHome> made;               // of each stage, in order
+  std::vector<HeldBytes> held;                // once made
+  std::vector<int> alive_when_made;           // others
+  std::vector<int64_t> buffers_when_merging;  // bytes of activations and scratch
   int alive = 0;
 };
 
@@ -64,10 +65,13 @@ class ToldStage final : public StageModel {
   void ZeroGradients() override { stage_->ZeroGradients(); }
   FlatParameters flat_parameters() override { return stage_->flat_parameters(); }
   absl::Status ForEachMerged(at::ScalarType dtype, const std::function<absl::Status(const std::string&, const at::Tensor&)>& visit) override {
+    const HeldBytes held = stage_->held_bytes();
+    log_->buffers_when_merging.push_back(held.activations + held.scratch);
     return stage_->ForEachMerged(dtype, visit);
   }
   std::vector<model::ExpectedTensor> merged_tensors() const override { return stage_->merged_tensors(); }
   int64_t activation_bytes() const override { return stage_->activation_bytes(); }
+  void EndSteps() override { stage_->EndSteps(); }
   HeldBytes held_bytes() const override { return stage_->held_bytes(); }
 
  private:
@@ -200,6 +204,7 @@ TEST_F(TrainerTest, AVerificationHoldsOneLayerOfTheMergedModelAndNothingOfTheTra
   EXPECT_LT(log.held[1].weights, log.held[0].weights / 2);
   EXPECT_EQ(log.held[1].masters + log.held[1].gradients, 0);
   EXPECT_EQ(log.alive, 0);
+  EXPECT_THAT(log.buffers_when_merging, ElementsAre(0)) << "the steps' buffers are gone before matrices are merged";
   // What it took at the most is told when all is done, before the worker takes the files away.
   EXPECT_THAT(reporter.order, ElementsAre("finished", "memory", "exported"));
 }

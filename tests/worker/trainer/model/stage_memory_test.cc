@@ -123,6 +123,29 @@ TEST(Checkpointing, RecomputesTheSameBitsInLessMemory) {
   }
 }
 
+TEST(EndSteps, LeavesNothingOfTheStepsAndTheSameLogits) {
+  for (const Checkpointing mode : {Checkpointing::kNone, Checkpointing::kFull}) {
+    StageOptions options = Whole(at::kFloat);
+    options.checkpointing = mode;
+    options.least_tokens = 50;
+    const auto stage = Make(options);
+    Train(*stage, {0, 1});
+    MicrobatchInput probe = Input(0);
+    probe.training = false;
+    const auto before = stage->Logits(probe, at::Tensor(), {0, 10});
+    ASSERT_TRUE(before.ok()) << before.status();
+    const HeldBytes steps = stage->held_bytes();
+    stage->EndSteps();
+    EXPECT_EQ(stage->held_bytes().activations + stage->held_bytes().scratch, 0);
+    EXPECT_EQ(stage->held_bytes().weights + stage->held_bytes().masters, steps.weights + steps.masters);
+    const auto after = stage->Logits(probe, at::Tensor(), {0, 10});
+    ASSERT_TRUE(after.ok()) << after.status();
+    EXPECT_TRUE(at::equal(*before, *after));
+    EXPECT_LT(stage->held_bytes().scratch, steps.scratch / 2);  // eleven tokens, not fifty
+    EXPECT_LT(stage->held_bytes().activations, steps.activations / 2);
+  }
+}
+
 // The planner's accounting is what a stage holds, to the byte.
 model::StageMemory Predicted(const StageOptions& options, int64_t tokens, int64_t targets, bool evaluates) {
   model::StageMemoryOptions memory;
