@@ -80,6 +80,7 @@ class Pipeline {
       stages_[s]->ZeroGradients();
     }
   }
+  StageModel& last() { return *stages_.back(); }
   int64_t captured_launches() const {
     int64_t launches = 0;
     for (const auto& stage : stages_) launches += stage->captured_launches();
@@ -152,6 +153,28 @@ TEST_F(CudaCaptureTest, StagesHandOverTheRealRows) { ExpectEqualBits(0.1, Checkp
 TEST_F(CudaCaptureTest, BackwardMayRecompute) {
   ExpectEqualBits(0.1, Checkpointing::kFull, 2);
   ExpectEqualBits(0.0, Checkpointing::kSelective, 1);
+}
+
+// Before an export: captured work keeps memory that nothing else may use.
+TEST_F(CudaCaptureTest, TheLastStepGivesItsMemoryBack) {
+  Pipeline pipeline(true, 0.0, Checkpointing::kNone, 1, at::kBFloat16);
+  for (int64_t step = 1; step <= 6; ++step) pipeline.Step(step, Inputs(step));
+  EXPECT_GT(pipeline.captured_launches(), 0);
+  MicrobatchInput probe = Inputs(7).back();
+  probe.training = false;
+  const auto before = pipeline.last().Logits(probe, at::Tensor(), {0, 60});
+  ASSERT_TRUE(before.ok()) << before.status();
+  const HeldBytes steps = pipeline.last().held_bytes();
+  Gpu().ReleaseCachedMemory();
+  const CudaMemory full = Gpu().Memory(0);
+  pipeline.last().EndSteps();
+  Gpu().ReleaseCachedMemory();
+  const CudaMemory freed = Gpu().Memory(0);
+  EXPECT_LE(freed.allocated_bytes, full.allocated_bytes - steps.activations - steps.scratch);
+  EXPECT_LT(freed.reserved_bytes, full.reserved_bytes);
+  const auto after = pipeline.last().Logits(probe, at::Tensor(), {0, 60});
+  ASSERT_TRUE(after.ok()) << after.status();
+  EXPECT_TRUE(at::equal(*before, *after));
 }
 
 // Padding changes no sum: the gradients are those of the micro-batch as it is, up to the order in which the products add.

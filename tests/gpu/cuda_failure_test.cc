@@ -65,15 +65,16 @@ TEST_F(CudaFailureTest, AModelThatDoesNotFitIsNamed) {
     Gpu().Synchronize(0);
     return absl::OkStatus();
   });
-  const FailureReport report = DescribeFailure(status, 3);
-  std::fprintf(stderr, "%s of %s: %s; later: %s\n", report.code.c_str(), report.owner.c_str(), report.message.c_str(), std::string(later.message()).c_str());
+  const FailureReport report = DescribeFailure(BlameGpu(status, "cuda:0, GPU-0"), 3);
+  std::fprintf(stderr, "%s of %s: %s; %s; later: %s\n", report.code.c_str(), report.owner.c_str(), report.message.c_str(), report.remedy.c_str(),
+               std::string(later.message()).c_str());
   std::fflush(stderr);
   _exit(!status.ok() && !later.ok() ? 0 : 1);
 }
 
 TEST(CudaFailureDeathTest, ABrokenDeviceIsNamed) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");  // a new process: CUDA does not survive a fork
-  EXPECT_EXIT(BreakTheDevice(), testing::ExitedWithCode(0), "DEVICE_ERROR of INFRASTRUCTURE: .*assert");
+  EXPECT_EXIT(BreakTheDevice(), testing::ExitedWithCode(0), "DEVICE_ERROR of INFRASTRUCTURE: cuda:0, GPU-0: .*assert.*NVRM: Xid");
 }
 
 }  // namespace

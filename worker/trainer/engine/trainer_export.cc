@@ -89,6 +89,7 @@ absl::Status Trainer::Export() {
   activity_.Enter(Section::kExport);
   ExportWritten written;
   written.step = state_.step;
+  if (cuda_ != nullptr) cuda_->Synchronize(0);
   for (StageModel* stage : Stages()) stage->EndSteps();
   if (config_.load_best_model_at_end && adapter_->has_best()) {
     adapter_->UseBest();
