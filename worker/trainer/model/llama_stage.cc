@@ -8,7 +8,6 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <memory>
 #include <optional>
@@ -24,7 +23,9 @@
 #include "worker/trainer/model/captured_passes.h"
 #include "worker/trainer/model/decoder_layer.h"
 #include "worker/trainer/model/loss_head.h"
+#include "worker/trainer/model/merged_stage.h"
 #include "worker/trainer/model/rope.h"
+#include "worker/trainer/model/sharded_gradients.h"
 #include "worker/trainer/model/sharded_weights.h"
 #include "worker/trainer/model/stage_model.h"
 #include "worker/trainer/torch/torch_status.h"
@@ -68,7 +69,7 @@ class LlamaStage final : public StageModel {
     if (sharded_ != nullptr) sharded_->Attach(replicas);
   }
   absl::Status ShardGradients(ReplicaExchange* replicas, const std::vector<int64_t>& bounds) override;
-  at::Tensor gradient_shard() override { return gradient_shard_; }
+  at::Tensor gradient_shard() override { return sharded_gradients_ == nullptr ? at::Tensor() : sharded_gradients_->shard(); }
   HeldBytes held_bytes() const override;
   absl::StatusOr<at::Tensor> Forward(const MicrobatchInput& input, const at::Tensor& hidden_in, bool keep_for_backward, double* loss_sum) override;
   absl::StatusOr<at::Tensor> Backward(const MicrobatchInput& input, const at::Tensor& grad_out) override;
@@ -76,11 +77,11 @@ class LlamaStage final : public StageModel {
 
   std::vector<Parameter>& parameters() override { return parameters_; }
   void AdapterChanged() override;
-  void ZeroGradients() override { (gradient_shard_.defined() ? gradient_shard_ : gradients_).zero_(); }
+  void ZeroGradients() override { (sharded_gradients_ == nullptr ? gradients_ : sharded_gradients_->shard()).zero_(); }
   FlatParameters flat_parameters() override;
   at::Tensor loss_total() override { return loss_total_; }
   absl::Status ForEachMerged(at::ScalarType dtype, const std::function<absl::Status(const std::string& name, const at::Tensor& tensor)>& visit) override;
-  std::vector<model::ExpectedTensor> merged_tensors() const override;
+  std::vector<model::ExpectedTensor> merged_tensors() const override { return MergedTensorsOf(Parts()); }
   int64_t activation_bytes() const override { return pool_->kept_bytes(); }
   void EndSteps() override;
   int64_t captured_launches() const override { return passes_.launches(); }
@@ -97,10 +98,7 @@ class LlamaStage final : public StageModel {
   absl::Status LoadMatrices();
   // Before layer i computes; `next` (or -1) computes after it.
   absl::Status UseLayer(size_t i, int next);
-  // Around layer i's backward pass. EndSum closes the last one of a micro-batch.
-  void BeginGradients(size_t i);
-  absl::Status SumGradients(size_t i);
-  absl::Status EndSum();
+  StageParts Parts() const { return {config_, options_, source_, embedding_, layers_, head_ ? &*head_ : nullptr}; }
   absl::Status CheckInput(const MicrobatchInput& input, const at::Tensor& hidden_in) const;
   // The micro-batch's numbers and its rows at the stage's entry.
   void Prepare(const MicrobatchInput& input, const at::Tensor& hidden_in, MicrobatchActivations& saved);
@@ -131,12 +129,7 @@ class LlamaStage final : public StageModel {
   at::Tensor masters_;                 // [parameters] acc
   at::Tensor gradients_;               // [parameters] acc; undefined when they are shared out
   std::vector<int64_t> layer_offset_;  // [layers + 1]: where a layer's parameters begin
-  // Shared out: the gradients of two layers in turn, and this replica's part of the sums.
-  ReplicaExchange* replicas_ = nullptr;
-  std::vector<int64_t> bounds_;
-  std::array<at::Tensor, 2> layer_gradients_;
-  at::Tensor gradient_shard_;
-  bool summing_ = false;
+  std::unique_ptr<ShardedGradients> sharded_gradients_;
   at::Tensor loss_total_;  // [1] fp64; last stage
   std::vector<Parameter> parameters_;
   MicrobatchLayout layout_;
@@ -191,7 +184,7 @@ void LlamaStage::BindAdapters() {
     for (LoraLinear* linear : layers_[i]->linears()) {
       const int64_t size = linear->parameter_count();
       const at::Tensor gradient =
-          gradients_.defined() ? gradients_.narrow(0, offset, size) : layer_gradients_[i % 2].narrow(0, offset - layer_offset_[i], size);
+          gradients_.defined() ? gradients_.narrow(0, offset, size) : sharded_gradients_->OfLayer(i).narrow(0, offset - layer_offset_[i], size);
       linear->Bind(masters_.narrow(0, offset, size), gradient);
       offset += size;
       for (const LoraModule& m : linear->modules()) {
@@ -247,52 +240,22 @@ absl::Status LlamaStage::Idle(bool backward) {
       const int i = backward ? count - 1 - n : n;
       const int next = n + 1 == count ? -1 : backward ? i - 1 : i + 1;
       if (sharded_ != nullptr) PPFT_RETURN_IF_ERROR(sharded_->Use(i, next).status());
-      if (!backward) continue;
-      BeginGradients(static_cast<size_t>(i));
-      PPFT_RETURN_IF_ERROR(SumGradients(static_cast<size_t>(i)));
+      if (!backward || sharded_gradients_ == nullptr) continue;
+      sharded_gradients_->Begin(static_cast<size_t>(i));
+      PPFT_RETURN_IF_ERROR(sharded_gradients_->Sum(static_cast<size_t>(i)));
     }
-    return EndSum();
+    return sharded_gradients_ == nullptr ? absl::OkStatus() : sharded_gradients_->EndSum();
   });
 }
 
 absl::Status LlamaStage::ShardGradients(ReplicaExchange* replicas, const std::vector<int64_t>& bounds) {
   return CatchTorch(Where(), [&]() -> absl::Status {
-    int64_t largest = 0;
-    for (size_t i = 0; i < layers_.size(); ++i) largest = std::max(largest, layer_offset_[i + 1] - layer_offset_[i]);
-    replicas_ = replicas;
-    bounds_ = bounds;
-    const auto me = static_cast<size_t>(replicas->index());
     gradients_ = at::Tensor();
-    for (at::Tensor& buffer : layer_gradients_) buffer = at::zeros({largest}, compute_.dtype(acc_));
-    gradient_shard_ = at::zeros({bounds[me + 1] - bounds[me]}, compute_.dtype(acc_));
+    sharded_gradients_ = std::make_unique<ShardedGradients>(replicas, bounds, layer_offset_, compute_.dtype(acc_));
     BindAdapters();
     AdapterChanged();
     return absl::OkStatus();
   });
-}
-
-void LlamaStage::BeginGradients(size_t i) {
-  if (replicas_ != nullptr) layer_gradients_[i % 2].zero_();
-}
-
-// The sum of the layer before goes on while this one's backward pass runs; two buffers are enough for that.
-absl::Status LlamaStage::SumGradients(size_t i) {
-  if (replicas_ == nullptr) return absl::OkStatus();
-  PPFT_RETURN_IF_ERROR(EndSum());
-  const int64_t begin = layer_offset_[i], end = layer_offset_[i + 1];
-  std::vector<int64_t> bounds;
-  for (const int64_t bound : bounds_) bounds.push_back(std::clamp(bound, begin, end) - begin);
-  const auto me = static_cast<size_t>(replicas_->index());
-  const int64_t first = std::clamp(bounds_[me], begin, end) - bounds_[me];
-  const at::Tensor sum = gradient_shard_.narrow(0, bounds[me] == bounds[me + 1] ? 0 : first, bounds[me + 1] - bounds[me]);
-  summing_ = true;
-  return replicas_->BeginSum(layer_gradients_[i % 2].narrow(0, 0, end - begin), bounds, sum);
-}
-
-absl::Status LlamaStage::EndSum() {
-  if (!summing_) return absl::OkStatus();
-  summing_ = false;
-  return replicas_->EndSum();
 }
 
 HeldBytes LlamaStage::held_bytes() const {
@@ -310,7 +273,7 @@ HeldBytes LlamaStage::held_bytes() const {
   }
   if (sharded_ != nullptr) held.weights += sharded_->held_bytes();
   held.masters += bytes(masters_);
-  held.gradients = bytes(gradients_) + bytes(layer_gradients_[0]) + bytes(layer_gradients_[1]) + bytes(gradient_shard_);
+  held.gradients = bytes(gradients_) + (sharded_gradients_ == nullptr ? 0 : sharded_gradients_->held_bytes());
   held.activations = pool_->held_bytes();
   held.scratch = scratch_.held_bytes();
   return held;
@@ -484,11 +447,11 @@ absl::Status LlamaStage::RunBackward(MicrobatchActivations& saved, const at::Ten
     const LayerActivations rows = pool_->Rows(saved, i, tokens);
     if (options_.checkpointing == Checkpointing::kFull) layers_[i]->Recompute(pass, rows);
     if (options_.checkpointing == Checkpointing::kSelective) layers_[i]->RecomputeGateUp(pass, rows);
-    BeginGradients(i);
+    if (sharded_gradients_ != nullptr) sharded_gradients_->Begin(i);
     layers_[i]->Backward(pass, rows, dhidden, /*input_gradient=*/i > 0 || !options_.has_embedding);
-    PPFT_RETURN_IF_ERROR(SumGradients(i));
+    if (sharded_gradients_ != nullptr) PPFT_RETURN_IF_ERROR(sharded_gradients_->Sum(i));
   }
-  return EndSum();
+  return sharded_gradients_ == nullptr ? absl::OkStatus() : sharded_gradients_->EndSum();
 }
 
 absl::StatusOr<at::Tensor> LlamaStage::Backward(const MicrobatchInput& input, const at::Tensor& grad_out) {
@@ -510,7 +473,7 @@ absl::StatusOr<at::Tensor> LlamaStage::Backward(const MicrobatchInput& input, co
       if (microbatch.tokens > real) dhidden.narrow(0, real, microbatch.tokens - real).zero_();
     }
     const auto backward = [&]() -> absl::Status { return RunBackward(*saved, dhidden); };
-    if (replicas_ == nullptr) {
+    if (sharded_gradients_ == nullptr) {
       PPFT_RETURN_IF_ERROR(passes_.Run(KeyOf(2, *saved), generation(), backward, [this] { return generation(); }));
     } else {
       PPFT_RETURN_IF_ERROR(backward());
@@ -538,46 +501,8 @@ absl::StatusOr<at::Tensor> LlamaStage::Logits(const MicrobatchInput& input, cons
 absl::Status LlamaStage::ForEachMerged(at::ScalarType dtype, const std::function<absl::Status(const std::string& name, const at::Tensor& tensor)>& visit) {
   return CatchTorch(Where(), [&]() -> absl::Status {
     const c10::InferenceMode guard;
-    // A narrow compute copy has lost digits that the file on disk may have.
-    const auto original = [&](const std::string& name, const at::Tensor& held) -> absl::StatusOr<at::Tensor> {
-      if (held.defined() && held.scalar_type() == acc_) return held;
-      return source_(name);
-    };
-    const auto plain = [&](const std::string& name, const at::Tensor& held) -> absl::Status {
-      PPFT_ASSIGN_OR_RETURN(const at::Tensor base, original(name, held));
-      return visit(name, base.to(at::kCPU).to(dtype).contiguous());  // an embedding is too large for a second copy on the device
-    };
-    if (options_.has_embedding) PPFT_RETURN_IF_ERROR(plain(model::kEmbeddingName, embedding_));
-    for (const auto& layer : layers_) {
-      for (const DecoderLayer::BaseTensor& tensor : layer->base_tensors()) {
-        if (tensor.linear == nullptr) {
-          PPFT_RETURN_IF_ERROR(plain(tensor.name, tensor.weight));
-          continue;
-        }
-        PPFT_ASSIGN_OR_RETURN(const at::Tensor base, original(tensor.name, options_.weights == WeightHome::kResident ? tensor.weight : at::Tensor()));
-        PPFT_RETURN_IF_ERROR(visit(tensor.name, tensor.linear->Merged(tensor.module, base).to(dtype).to(at::kCPU).contiguous()));
-      }
-    }
-    if (head_) {
-      PPFT_RETURN_IF_ERROR(plain(model::kFinalNormName, head_->norm()));
-      if (!config_.tie_word_embeddings) PPFT_RETURN_IF_ERROR(plain(model::kHeadName, head_->weight()));
-    }
-    return absl::OkStatus();
+    return ForEachMergedTensor(Parts(), dtype, visit);
   });
-}
-
-std::vector<model::ExpectedTensor> LlamaStage::merged_tensors() const {
-  std::vector<model::ExpectedTensor> tensors;
-  const std::vector<int64_t> vocabulary = {config_.vocab_size, config_.hidden_size};
-  if (options_.has_embedding) tensors.push_back({model::kEmbeddingName, vocabulary});
-  for (const auto& layer : layers_) {
-    for (const DecoderLayer::BaseTensor& tensor : layer->base_tensors()) tensors.push_back({tensor.name, tensor.shape});
-  }
-  if (options_.has_head) {
-    tensors.push_back({model::kFinalNormName, {config_.hidden_size}});
-    if (!config_.tie_word_embeddings) tensors.push_back({model::kHeadName, vocabulary});
-  }
-  return tensors;
 }
 
 }  // namespace
