@@ -7,7 +7,7 @@ TRAINER = pathlib.Path('build/bin/ppft-trainer').resolve()
 def spawn():
     ours, theirs = socket.socketpair()
     keep = os.dup2(theirs.fileno(), 100)
-    child = subprocess.Popen([TRAINER], stderr=subprocess.PIPE, close_fds=False, preexec_fn=lambda: os.dup2(keep, 3))
+    child = subprocess.Popen([TRAINER, '--device', 'cpu:0'], stderr=subprocess.PIPE, close_fds=False, preexec_fn=lambda: os.dup2(keep, 3))
     os.close(keep)
     theirs.close()
     return ours, child
