@@ -1,4 +1,5 @@
 """A cluster of real processes (deploy/local), models to train, and the same training by transformers and PEFT to compare with."""
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -157,6 +158,17 @@ class Model:
     def with_adapter(self, folder):
         from peft import PeftModel
         return PeftModel.from_pretrained(self.base(), folder, is_trainable=True)
+
+
+@contextlib.contextmanager
+def serving(directory, model, workers=2):
+    """A cluster in `directory` with one registered model, while the block lasts."""
+    running = Cluster(pathlib.Path(directory) / "cluster", workers, [model.folder.parent])
+    try:
+        running.ppctl("models", "register", model.name, model.folder)
+        yield running
+    finally:
+        running.down()
 
 
 @pytest.fixture(scope="session")

@@ -16,15 +16,11 @@ def trained(request, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("final")
     train = write_rows(tmp_path / "train.jsonl", short_rows(64))
     held_out = write_rows(tmp_path / "heldout.jsonl", short_rows(72)[64:])
-    cluster = Cluster(tmp_path / "cluster", 2, [model.folder.parent])
-    try:
-        cluster.ppctl("models", "register", model.name, model.folder)
+    with serving(tmp_path, model) as cluster:
         job = cluster.submit(make_spec(model, train, start_adapter(model, tmp_path / "adapter"), output={"formats": ["adapter", "merged"], "merge_dtype": "float32"},
                                        evaluation={"eval_steps": 5, "eval_on_start": True}, data={"test_datasets": [{"path": held_out, "type": "prompt_completion"}]}))
         cluster.finish(job)
         yield model, cluster.fetch(job), cluster.fetch(job, "merged"), cluster.json("checkpoints", job)
-    finally:
-        cluster.down()
 
 
 def manifest_of(folder):

@@ -10,12 +10,8 @@ EFFECTIVE = 8  # micro-batches of all replicas per step
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory, tiny):
-    running = Cluster(tmp_path_factory.mktemp("mesh") / "cluster", 4, [tiny.folder.parent])
-    try:
-        running.ppctl("models", "register", tiny.name, tiny.folder)
+    with serving(tmp_path_factory.mktemp("mesh"), tiny, workers=4) as running:
         yield running
-    finally:
-        running.down()
 
 
 @pytest.fixture(scope="module")

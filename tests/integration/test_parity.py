@@ -16,10 +16,8 @@ def run_layouts(tmp_path, model, layouts, rows, spec_changes):
     adapter = start_adapter(model, tmp_path / "adapter")
     train = write_rows(tmp_path / "train.jsonl", rows)
     spec = make_spec(model, train, adapter, **spec_changes)
-    cluster = Cluster(tmp_path / "cluster", max(pp for pp, _, _ in layouts), [model.folder.parent])
     worst = {}
-    try:
-        cluster.ppctl("models", "register", model.name, model.folder)
+    with serving(tmp_path, model, max(pp for pp, _, _ in layouts)) as cluster:
         jobs = {}
         for pp, schedule, virtual in layouts:
             parallel = {"pipeline_parallel_size": pp, "schedule": schedule, "virtual_stages": virtual}
@@ -38,8 +36,6 @@ def run_layouts(tmp_path, model, layouts, rows, spec_changes):
                 trained = model.with_adapter(folder).eval()(input_ids=probe).logits
             # Over 200 steps AdamW makes whole steps of the rounding in tiny gradients: logits may part a little further than losses.
             assert (trained - expected).abs().max() <= 5e-3 * expected.abs().max()
-    finally:
-        cluster.down()
     for layout, (difference, step) in worst.items():
         print(f"{model.name} {layout}: largest loss difference {difference:.1e} at step {step} of {len(theirs)}")
     assert max(worst.values())[0] <= 1e-4, worst
@@ -62,9 +58,7 @@ def test_packing_changes_no_loss(tmp_path, tiny):
     """Every row fits into one packed micro-batch: the step is the same set of rows, packed or not."""
     rows = short_rows(8)
     train = write_rows(tmp_path / "train.jsonl", rows)
-    cluster = Cluster(tmp_path / "cluster", 1, [tiny.folder.parent])
-    try:
-        cluster.ppctl("models", "register", tiny.name, tiny.folder)
+    with serving(tmp_path, tiny, 1) as cluster:
         losses = {}
         for packed in (False, True):
             job = cluster.submit(make_spec(tiny, train, parallel={"pipeline_parallel_size": 1}, data={"sample_packing": packed, "sequence_len": 128},
@@ -72,5 +66,3 @@ def test_packing_changes_no_loss(tmp_path, tiny):
             cluster.finish(job)
             losses[packed] = losses_of(cluster.fetch(job))
         assert worst_difference(losses[True], losses[False])[0] <= 1e-5
-    finally:
-        cluster.down()

@@ -6,11 +6,9 @@ from service import *
 
 @pytest.fixture(scope="module")
 def service(tiny, tmp_path_factory):
-    cluster = Cluster(tmp_path_factory.mktemp("queue") / "cluster", 2, [tiny.folder.parent])
-    cluster.ppctl("models", "register", tiny.name, tiny.folder)
-    write_rows(cluster.dir / "train.jsonl", short_rows(64))
-    yield cluster
-    cluster.down()
+    with serving(tmp_path_factory.mktemp("queue"), tiny) as cluster:
+        write_rows(cluster.dir / "train.jsonl", short_rows(64))
+        yield cluster
 
 
 def spec_of(service, tiny, steps, **changes):

@@ -12,12 +12,8 @@ STEPS = 400
 
 @pytest.fixture
 def cluster(tmp_path, tiny):
-    running = Cluster(tmp_path / "cluster", 2, [tiny.folder.parent])
-    try:
-        running.ppctl("models", "register", tiny.name, tiny.folder)
+    with serving(tmp_path, tiny) as running:
         yield running
-    finally:
-        running.down()
 
 
 def long_spec(model, directory):
@@ -27,15 +23,11 @@ def long_spec(model, directory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny, tmp_path_factory):
-    cluster = Cluster(tmp_path_factory.mktemp("calm") / "cluster", 2, [tiny.folder.parent])
-    try:
-        cluster.ppctl("models", "register", tiny.name, tiny.folder)
+    with serving(tmp_path_factory.mktemp("calm"), tiny) as cluster:
         job = cluster.submit(long_spec(tiny, cluster.dir))
         cluster.finish(job)
         folder = cluster.fetch(job)
         return adapter_digest(folder), history(folder)
-    finally:
-        cluster.down()
 
 
 def reaches(cluster, job, step):
@@ -117,15 +109,11 @@ DAMAGED_SPEC = {"adapter": {"lora_dropout": 0.1}, "data": {"val_set_size": 0.2, 
 @pytest.fixture(scope="module")
 def overtrained(tiny, tmp_path_factory):
     """Of a run whose best checkpoint is not its newest."""
-    cluster = Cluster(tmp_path_factory.mktemp("overtrained") / "cluster", 2, [tiny.folder.parent])
-    try:
-        cluster.ppctl("models", "register", tiny.name, tiny.folder)
+    with serving(tmp_path_factory.mktemp("overtrained"), tiny) as cluster:
         job = cluster.submit(make_spec(tiny, write_rows(cluster.dir / "train.jsonl", short_rows(40)), **DAMAGED_SPEC))
         cluster.finish(job)
         folder = cluster.fetch(job)
         return adapter_digest(folder), history(folder)
-    finally:
-        cluster.down()
 
 
 @pytest.mark.parametrize("which", ["newest", "best", "all"])

@@ -11,12 +11,8 @@ ACTIONS = ("compute", "sends", "receives")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory, tiny):
-    running = Cluster(tmp_path_factory.mktemp("trace") / "cluster", 2, [tiny.folder.parent])
-    try:
-        running.ppctl("models", "register", tiny.name, tiny.folder)
+    with serving(tmp_path_factory.mktemp("trace"), tiny) as running:
         yield running
-    finally:
-        running.down()
 
 
 def long_job(cluster, model, **changes):
