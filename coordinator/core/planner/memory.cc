@@ -42,12 +42,16 @@ int64_t NcclBytes(const RankMemoryInput& input) {
   return communicators == 0 ? 0 : kNcclKernelBytes + communicators * kNcclBytes;
 }
 
+// Between GPUs the host is ahead of the device and holds what the transport lets it hold (DeviceTransportOptions::sends_held): p + 1 messages for p ranks.
 int64_t TransferBytes(const RankMemoryInput& input) {
   const int64_t hidden = model::HiddenBytes(input.config, input.options.tokens, input.options.compute_bytes);
+  const auto ranks = static_cast<int>(input.simulation.rank_bubble_ratio.size());
   int64_t messages = 0;
   for (const pipeline::ChannelUse& use : input.simulation.channels) {
     if (use.to == input.pipeline_rank) messages += use.peak_posted;
-    if (use.from == input.pipeline_rank) messages += std::max(1, use.peak_in_flight);
+    if (use.from != input.pipeline_rank) continue;
+    const int held = input.options.cuda ? std::min(use.num_messages, ranks + 1) : use.peak_in_flight;
+    messages += std::max(1, held);
   }
   return Bounded(static_cast<double>(messages) * static_cast<double>(hidden));
 }

@@ -583,6 +583,22 @@ TEST(Memory, AnExportHasRoom) {
   EXPECT_EQ(planned(2048, true, true).SerializeAsString(), planned(2048, false, false).SerializeAsString());
 }
 
+// On GPUs p + 1 messages a channel, however soon the simulated peer takes them; on CPUs what is under way.
+TEST(Memory, MessagesThatTransportHoldsCount) {
+  v1::JobSpec spec = Spec();
+  spec.mutable_data()->set_sequence_len(2048);
+  spec.mutable_training()->set_micro_batch_size(1);
+  spec.mutable_training()->set_gradient_accumulation_steps(16);
+  spec.mutable_precision()->set_compute("fp32");
+  spec.mutable_parallel()->set_pipeline_parallel_size(4);
+  const auto messages = [&](const std::string& kind) {
+    const v1::Plan plan = *PlanJob({spec, Llama1B(), 10, Workers({4}, kind, 140 * kGiB)});
+    return plan.ranks(1).memory().transfer_bytes() / (int64_t{2048} * 2048 * 4);
+  };
+  EXPECT_GE(messages("cuda"), 2 * 5 + 2);
+  EXPECT_LT(messages("cpu"), 2 * 5);
+}
+
 TEST(Memory, EveryStageOfARankHasBuffersOfItsOwn) {
   const auto plan = [](int virtual_stages) {
     v1::JobSpec spec = Spec();
