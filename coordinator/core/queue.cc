@@ -39,17 +39,22 @@ bool RanOnCuda(const v1::JobRecord& record) {
                      [](const v1::RankPlan& rank) { return absl::StartsWith(rank.device(), "cuda:"); });
 }
 
-std::string Devices(int count, const std::string& kind) { return absl::StrCat(count, kind == "cuda" ? " cuda" : "", count == 1 ? " device" : " devices"); }
+// The kind as messages name it: not at all in a cluster without GPUs.
+std::string ShownKind(const std::string& kind, const std::vector<OfferedDevice>& cluster) {
+  return kind == "cuda" || !OfKind(cluster, "cuda").empty() ? kind : "";
+}
 
-// "1 free" of the kind; GPUs are told beside those that are leased, as there may be free devices that the job does not take.
-std::string Free(const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all, const std::string& kind) {
-  return kind == "cuda" ? absl::StrCat(free.size(), " of ", all.size(), " free") : absl::StrCat(free.size(), " free");
+std::string Devices(int count, const std::string& shown) { return absl::StrCat(count, shown.empty() ? "" : " ", shown, count == 1 ? " device" : " devices"); }
+
+// "1 free" of the kind; beside those that are leased where there may be free devices that the job does not take.
+std::string Free(const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all, const std::string& shown) {
+  return shown.empty() ? absl::StrCat(free.size(), " free") : absl::StrCat(free.size(), " of ", all.size(), " free");
 }
 
 // Starts the job, or says why it waits: QUEUED if it could be laid on all devices, NO_CAPACITY if not even there. `free`, `all`: those of `kind`.
-// `position`: of the one before it.
+// `shown`: ShownKind. `position`: of the one before it.
 void Place(const v1::JobRecord& record, const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all, const std::string& kind,
-           const PlanFunction& plan, int position, QueueDecision& decision) {
+           const std::string& shown, const PlanFunction& plan, int position, QueueDecision& decision) {
   std::vector<std::string> excluded;  // of those that are there
   for (const std::string& worker : ExcludedWorkers(record.retry())) {
     if (std::any_of(all.begin(), all.end(), [&](const OfferedDevice& device) { return device.worker == worker; })) excluded.push_back(worker);
@@ -75,25 +80,28 @@ void Place(const v1::JobRecord& record, const std::vector<OfferedDevice>& free, 
   if (later.plan.has_value()) {
     const int needed = std::max({now.devices_needed, later.devices_needed, 1});
     decision.reason =
-        MakeReason("QUEUED", absl::StrCat("waits for ", Devices(needed, kind), ", ", Free(free, all, kind), "; position ", decision.position, note));
+        MakeReason("QUEUED", absl::StrCat("waits for ", Devices(needed, shown), ", ", Free(free, all, shown), "; position ", decision.position, note));
     return;
   }
   const int needed = std::max(later.devices_needed, 1);
   const bool too_few = needed > static_cast<int>(all.size());
-  const bool as_before = all.empty() && RanOnCuda(record);
-  decision.reason = MakeReason(
-      "NO_CAPACITY",
-      too_few ? absl::StrCat("needs ", Devices(needed, kind), as_before ? " as before" : "", ", the cluster has ", all.size(), "; position ", decision.position)
-              : absl::StrCat(later.message, "; position ", decision.position),
-      !too_few         ? "start larger workers, or change the job"
-      : kind == "cuda" ? "start more workers with GPUs, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size"
-                       : "start more workers, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size");
+  const bool as_before = shown == "cpu" || (all.empty() && RanOnCuda(record));  // another kind is not taken
+  decision.reason = MakeReason("NO_CAPACITY",
+                               too_few ? absl::StrCat("needs ", Devices(needed, shown), as_before ? " as before" : "", ", the cluster has ", all.size(),
+                                                      "; position ", decision.position)
+                                       : absl::StrCat(later.message, "; position ", decision.position),
+                               !too_few         ? "start larger workers, or change the job"
+                               : kind == "cuda" ? "start more workers with GPUs, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size"
+                                                : "start more workers, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size");
 }
 
 }  // namespace
 
 std::string KindFor(const v1::JobRecord& record, const std::vector<OfferedDevice>& all) {
-  return RanOnCuda(record) || !OfKind(all, "cuda").empty() ? "cuda" : "cpu";
+  if (RanOnCuda(record)) return "cuda";
+  const bool ran_on_cpu = !record.plan().ranks().empty();
+  if (ran_on_cpu && !OfKind(all, "cpu").empty()) return "cpu";
+  return OfKind(all, "cuda").empty() ? "cpu" : "cuda";
 }
 
 std::vector<QueueDecision> DecideQueue(std::vector<const v1::JobRecord*> queued, std::vector<OfferedDevice> free, const std::vector<OfferedDevice>& all,
@@ -107,7 +115,7 @@ std::vector<QueueDecision> DecideQueue(std::vector<const v1::JobRecord*> queued,
   for (const v1::JobRecord* record : queued) {
     QueueDecision decision;
     decision.job_id = record->job().id();
-    const std::string kind = KindFor(*record, all);
+    const std::string kind = KindFor(*record, all), shown = ShownKind(kind, all);
     const std::vector<OfferedDevice> free_of_kind = OfKind(free, kind), all_of_kind = OfKind(all, kind);
     const int64_t wait_ms = record->retry().not_before_unix_ms() - now_unix_ms;
     if (wait_ms > 0) {
@@ -116,9 +124,9 @@ std::vector<QueueDecision> DecideQueue(std::vector<const v1::JobRecord*> queued,
     } else if (!head.empty()) {
       decision.position = ++position;
       decision.reason =
-          MakeReason("QUEUED", absl::StrCat("waits behind ", head, "; ", Devices(static_cast<int>(free_of_kind.size()), kind), " free; position ", position));
+          MakeReason("QUEUED", absl::StrCat("waits behind ", head, "; ", Devices(static_cast<int>(free_of_kind.size()), shown), " free; position ", position));
     } else {
-      Place(*record, free_of_kind, all_of_kind, kind, plan, position, decision);
+      Place(*record, free_of_kind, all_of_kind, kind, shown, plan, position, decision);
       if (decision.plan.has_value()) {
         TakeDevices(*decision.plan, free);
       } else {

@@ -28,8 +28,9 @@ struct PlanAttempt {
 // `devices` are all of `kind`; there may be none.
 using PlanFunction = std::function<PlanAttempt(const v1::JobRecord&, const std::vector<OfferedDevice>& devices, const std::string& kind)>;
 
-// cuda | cpu: the kind of device that the job runs on. CUDA devices if one of `all` is such, leased or not, or if its newest attempt was laid on them: a job
-// waits for them rather than to go on a thousand times slower, with other rounding. CPU slots only where there are no others.
+// cuda | cpu: the kind of device that the job runs on. A job that was never laid out takes CUDA devices if one of `all` is such, leased or not. One that was
+// keeps the kind of its newest plan, and with it its precision: what ran on CUDA devices waits for them rather than to go on a thousand times slower; what ran
+// on CPU slots stays there as long as there are any, also beside CUDA devices that came later and may be too few for it.
 std::string KindFor(const v1::JobRecord& record, const std::vector<OfferedDevice>& all);
 
 struct QueueDecision {

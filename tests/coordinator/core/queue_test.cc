@@ -194,11 +194,21 @@ TEST_F(Kinds, WithoutGpusCpusAreTaken) {
   EXPECT_THAT(Decide(cpus_, cpus_), ElementsAre("cpu:0 cpu:1 cpu:2"));
 }
 
-TEST_F(Kinds, WhatRanOnAGpuGoesOnOnOne) {
+TEST_F(Kinds, WhatRanGoesOnOnTheSameKind) {
   Job("a", 1).mutable_plan()->add_ranks()->set_device("cuda:1");
   Job("b", 1).mutable_plan()->add_ranks()->set_device("cpu:1");
   EXPECT_THAT(Decide(cpus_, cpus_), ElementsAre("NO_CAPACITY needs 1 cuda device as before, the cluster has 0; position 1", "cpu:0"));
-  EXPECT_THAT(Decide(all_, all_), ElementsAre("cuda:0", "cuda:1"));
+  EXPECT_THAT(Decide(all_, all_), ElementsAre("cuda:0", "cpu:0"));
+  EXPECT_THAT(Decide(gpus_, gpus_), ElementsAre("cuda:0", "cuda:1")) << "no CPU slot is left in the cluster";
+}
+
+TEST_F(Kinds, WhatRanOnCpusIsNotStrandedByAGpuThatIsTooSmallForIt) {
+  v1::JobRecord& job = Job("a", 3);
+  for (const char* device : {"cpu:0", "cpu:1", "cpu:2"}) job.mutable_plan()->add_ranks()->set_device(device);
+  EXPECT_THAT(Decide(all_, all_), ElementsAre("cpu:0 cpu:1 cpu:2"));
+  EXPECT_THAT(Decide(Both(Devices(0, 2), gpus_), all_), ElementsAre("QUEUED waits for 3 cpu devices, 2 of 4 free; position 1"));
+  const std::vector<OfferedDevice> fewer = Both(Devices(0, 2), gpus_);
+  EXPECT_THAT(Decide(fewer, fewer), ElementsAre("NO_CAPACITY needs 3 cpu devices as before, the cluster has 2; position 1"));
 }
 
 TEST_F(Kinds, AnExcludedWorkersGpuIsUsedAgainRatherThanACpu) {
