@@ -80,22 +80,23 @@ void RankRunner::Run() {
   if (status.ok() && !stopping_) status = Prepare(&start);
   if (status.ok() && !stopping_) {
     environment_.metrics->BeginAttempt(key().job_id(), absl::StrCat(start.plan().ranks(key().rank()).pipeline_rank()));
-    v1::AgentMessage message;
-    *message.mutable_start() = std::move(start);
-    const absl::Status sent = process_.Send(message);
-    if (!sent.ok()) LogWarning(Label(key()), ": ", sent.message());  // the trainer is gone: its exit is reported below
-  }
-  if (status.ok() && !stopping_) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      watched_ = true;
+    }
+    // Before Send, which blocks while the process does not read: if it never does, because its device's driver holds it, the watch ends it.
+    std::thread progress([this] { WatchProgress(); });
+    SendStart(std::move(start));
     {
       std::lock_guard<std::mutex> lock(mutex_);
       started_ = true;
       TellTrainer();
     }
-    std::thread progress([this] { WatchProgress(); });
     ReadReports();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       started_ = false;
+      watched_ = false;
       changed_.notify_all();
     }
     progress.join();
@@ -236,6 +237,13 @@ TrainerCommand RankRunner::Command() const {
   return command;
 }
 
+void RankRunner::SendStart(v1::Start start) {
+  v1::AgentMessage message;
+  *message.mutable_start() = std::move(start);
+  const absl::Status sent = process_.Send(message);
+  if (!sent.ok()) LogWarning(Label(key()), ": ", sent.message());  // the trainer is gone: its exit is reported by Run
+}
+
 void RankRunner::TellTrainer() {
   if (!started_) return;
   v1::AgentMessage message;
@@ -348,7 +356,7 @@ void RankRunner::WatchProgress() {
   while (true) {
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      if (changed_.wait_for(lock, kProgressPoll, [this] { return !started_ || stopping_; })) return;
+      if (changed_.wait_for(lock, kProgressPoll, [this] { return !watched_ || stopping_; })) return;
     }
     const auto now = std::chrono::steady_clock::now();
     const uint64_t count = beat->counter.load(std::memory_order_acquire);

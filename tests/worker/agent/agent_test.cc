@@ -351,6 +351,19 @@ TEST_F(AgentTest, AHangEndsWithItsSection) {
   EXPECT_THAT(reason.message(), HasSubstr("\"forward\", step 7"));
 }
 
+TEST_F(AgentTest, ATrainerThatNeverReadsALongStartIsEnded) {
+  v1::RankDirective rank = Rank("deaf");
+  rank.set_model_config(std::string(3 << 20, 'c'));  // more than the socket to the trainer holds
+  coordinator_.Direct({rank});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("exited"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  ASSERT_THAT(coordinator_.Kinds(), ElementsAre("failure", "exited"));
+  const v1::Reason& reason = coordinator_.reports[0].report().failure().reason();
+  EXPECT_EQ(reason.code(), "STAGE_HUNG");
+  EXPECT_THAT(reason.message(), HasSubstr("section \"starting\", step 0"));
+  EXPECT_EQ(coordinator_.reports[1].report().exited().signal(), SIGKILL);
+}
+
 TEST_F(AgentTest, AStoppedTrainerIsNamedAsItsNeighboursNameIt) {
   coordinator_.Direct({Rank("hang")});
   ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));

@@ -4,6 +4,7 @@
 //   "hang"   becomes ready and stops beating
 //   "trace"  becomes ready and answers the trace that it is told to make
 //   "big"    exports with more numbers than a message holds, exits 0
+//   "deaf"   reads nothing, not even its Start, as if its device's driver held it
 //   "crash"  becomes ready and dies by SIGABRT after a line on stderr
 #include <signal.h>
 #include <unistd.h>
@@ -52,6 +53,11 @@ void Send(const ppft::v1::TrainerReport& report) {
 }  // namespace
 
 int main() {
+  // The only name that is known without reading: the working directory has the job's id in it.
+  char directory[4096];
+  if (getcwd(directory, sizeof(directory)) != nullptr && std::strstr(directory, "/job-deaf-") != nullptr) {
+    while (true) pause();
+  }
   const ppft::v1::Start start = Receive().start();
   ppft::trainer::Beat* beat = ppft::trainer::MapBeat(start.beat_path());
   ppft::v1::TrainerReport report;
