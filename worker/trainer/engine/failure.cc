@@ -18,6 +18,12 @@ std::string PayloadOf(const absl::Status& status, const char* url) {
   return payload.has_value() ? std::string(*payload) : std::string();
 }
 
+absl::Status Corrupt(const absl::Status& status) {
+  return WithReason(status, "CHECKPOINT_CORRUPT", "INFRASTRUCTURE", "look at the disks of the coordinator and of this worker");
+}
+
+bool IsBadFile(const absl::Status& status) { return absl::IsDataLoss(status) || absl::IsInvalidArgument(status); }
+
 }  // namespace
 
 absl::Status WithReason(absl::Status status, absl::string_view code, absl::string_view owner, absl::string_view remedy) {
@@ -39,6 +45,13 @@ absl::Status BlameGpu(const absl::Status& status, absl::string_view gpu) {
                     absl::StrCat("look for lines with \"NVRM: Xid\" about ", gpu,
                                  " in the kernel log of the worker's host (dmesg, or journalctl -k) and at the worker's log; the job tries again by itself"));
 }
+
+absl::Status OpenedCheckpoint(const absl::Status& status) {
+  if (IsBadFile(status)) return Corrupt(status);
+  return WithReason(status, "INTERNAL", "INFRASTRUCTURE", "look at the worker's disk, its log and its limit of open files");
+}
+
+absl::Status ReadCheckpoint(const absl::Status& status) { return IsBadFile(status) || absl::IsNotFound(status) ? Corrupt(status) : status; }
 
 FailureReport DescribeFailure(const absl::Status& status, int64_t step) {
   FailureReport report;

@@ -20,6 +20,11 @@ bool IsOutOfDeviceMemory(const absl::Status& status);
 // all where `gpu` is empty, stay as they are.
 absl::Status BlameGpu(const absl::Status& status, absl::string_view gpu);
 
+// How a checkpoint's files were opened: what says that a file is bad is CHECKPOINT_CORRUPT, other errors are this host's own.
+absl::Status OpenedCheckpoint(const absl::Status& status);
+// How its tensors were read: a missing, misshapen or not finite one is CHECKPOINT_CORRUPT; errors of the device or its memory stay what they are.
+absl::Status ReadCheckpoint(const absl::Status& status);
+
 // A reason is made up from the status code where none was attached.
 FailureReport DescribeFailure(const absl::Status& status, int64_t step);
 

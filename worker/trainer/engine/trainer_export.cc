@@ -196,9 +196,13 @@ absl::Status Trainer::Verify(const std::string& adapter_path, const std::string&
       const double difference = both[1];
       const double tolerance = Tolerance(type, config_.merge_dtype, compute_);
       if (!(difference <= tolerance)) {
+        const bool narrowed = type == "merged" && config_.merge_dtype != "float32";
         return WithReason(
             absl::DataLossError(absl::StrFormat("the %s read back from disk gives logits that differ by %.3g, more than %.3g", type, difference, tolerance)),
-            "CHECKPOINT_CORRUPT", "INFRASTRUCTURE", "look at the worker's disk and memory; the job can be submitted again");
+            "EXPORT_MISMATCH", "INFRASTRUCTURE",
+            narrowed ? absl::StrCat("the merged weights may not fit into ", config_.merge_dtype,
+                                    ": set output.merge_dtype: float32, or take the adapter of the newest checkpoint with ppctl fetch --checkpoint latest")
+                     : "look at the worker's disk and memory; the adapter of the newest checkpoint can be had with ppctl fetch --checkpoint latest");
       }
       if (!own.defined()) return absl::OkStatus();
       Verification verification;

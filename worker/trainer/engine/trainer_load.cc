@@ -281,19 +281,19 @@ absl::Status Trainer::LoadAdapterState() {
 }
 
 absl::Status Trainer::RestoreCheckpoint() {
-  const auto corrupt = [](const absl::Status& status, absl::string_view what) {
-    return WithReason(Annotate(status, what), "CHECKPOINT_CORRUPT", "INFRASTRUCTURE", "the job goes on from an older checkpoint by itself");
-  };
   const TrainingState& saved = *config_.resume;
+  const std::string what = absl::StrCat("checkpoint of step ", saved.step);
   if (saved.data_sha256 != config_.train_tokens.sha256) {
-    return corrupt(absl::FailedPreconditionError("it belongs to other training data"), "checkpoint");
+    return WithReason(absl::FailedPreconditionError(absl::StrCat(what, ": it belongs to other training data")), "DATASET_INVALID", "USER",
+                      "submit the job again: it begins anew with its data");
   }
   if (saved.model_sha256 != Sha256Hex(config_.model_config)) {
-    return corrupt(absl::FailedPreconditionError("it belongs to another base model"), "checkpoint");
+    return WithReason(absl::FailedPreconditionError(absl::StrCat(what, ": it belongs to another base model")), "MODEL_INVALID", "USER",
+                      "submit the job again: it begins anew with its model");
   }
   absl::StatusOr<TensorSource> source = SourceOfFiles(PathsOf(config_.resume_files));
-  PPFT_RETURN_IF_ERROR(corrupt(source.status(), "checkpoint"));
-  PPFT_RETURN_IF_ERROR(corrupt(adapter_->Restore(*source), absl::StrCat("checkpoint of step ", saved.step)));
+  PPFT_RETURN_IF_ERROR(OpenedCheckpoint(Annotate(source.status(), what)));
+  PPFT_RETURN_IF_ERROR(ReadCheckpoint(Annotate(adapter_->Restore(*source), what)));
   state_ = saved;
   scaler_.Restore(saved.loss_scale, saved.good_steps, saved.hysteresis_left);
   checkpoint_step_ = saved.step;
@@ -305,11 +305,13 @@ absl::Status Trainer::RestoreCheckpoint() {
     return absl::OkStatus();
   }
   if (!config_.best.has_value() || config_.best->step != saved.best_step) {
-    return corrupt(absl::NotFoundError(absl::StrCat("the best checkpoint, of step ", saved.best_step, ", was not given")), "checkpoint");
+    return WithReason(absl::NotFoundError(absl::StrCat(what, ": the best one, of step ", saved.best_step, ", was not given with it")), "INTERNAL",
+                      "INFRASTRUCTURE", "look at the coordinator's log");
   }
+  const std::string best_what = absl::StrCat("best checkpoint, of step ", saved.best_step);
   absl::StatusOr<TensorSource> best = SourceOfFiles(PathsOf(config_.best_files));
-  PPFT_RETURN_IF_ERROR(corrupt(best.status(), "best checkpoint"));
-  return corrupt(adapter_->LoadBestFrom(*best), "best checkpoint");
+  PPFT_RETURN_IF_ERROR(OpenedCheckpoint(Annotate(best.status(), best_what)));
+  return ReadCheckpoint(Annotate(adapter_->LoadBestFrom(*best), best_what));
 }
 
 }  // namespace ppft::trainer

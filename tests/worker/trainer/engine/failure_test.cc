@@ -36,5 +36,18 @@ TEST(BlameGpu, OtherFailuresStayAsTheyAre) {
   EXPECT_EQ(BlameGpu(on_cpu, ""), on_cpu);
 }
 
+TEST(Checkpoint, OnlyABadFileCostsIt) {
+  const auto code = [](const absl::Status& status) { return DescribeFailure(status, 0).code; };
+  const absl::Status bad = absl::DataLossError("exp_avg.x holds a number that is not finite"), format = absl::InvalidArgumentError("it is truncated");
+  const absl::Status missing = absl::NotFoundError("no tensor x"), many_files = absl::InternalError("Too many open files");
+  const absl::Status full = absl::ResourceExhaustedError("CUDA out of memory"), device = absl::InternalError("CUDA error: an illegal address");
+  for (const absl::Status& status : {bad, format}) EXPECT_EQ(code(OpenedCheckpoint(status)), "CHECKPOINT_CORRUPT") << status;
+  for (const absl::Status& status : {missing, many_files}) EXPECT_EQ(code(OpenedCheckpoint(status)), "INTERNAL") << status;
+  for (const absl::Status& status : {bad, format, missing}) EXPECT_EQ(code(ReadCheckpoint(status)), "CHECKPOINT_CORRUPT") << status;
+  EXPECT_EQ(code(ReadCheckpoint(full)), "OUT_OF_DEVICE_MEMORY");
+  EXPECT_EQ(code(ReadCheckpoint(device)), "DEVICE_ERROR");
+  EXPECT_TRUE(OpenedCheckpoint(absl::OkStatus()).ok() && ReadCheckpoint(absl::OkStatus()).ok());
+}
+
 }  // namespace
 }  // namespace ppft::trainer

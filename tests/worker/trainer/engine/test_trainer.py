@@ -309,8 +309,24 @@ def test_a_checkpoint_of_other_data_is_refused(start, calm, tmp_path):
     changed = resumed(start, calm, 10, 10)
     changed['train_tokens'] = local_file(write_tokens(tmp_path / 'other.safetensors', documents(140)))
     run = Run(changed, tmp_path / 'run', pp=2, ok=False)
-    assert {f['reason']['code'] for _, f in run.of('failure')} == {'CHECKPOINT_CORRUPT'}
+    assert {f['reason']['code'] for _, f in run.of('failure')} == {'DATASET_INVALID'}, 'it says nothing against the file'
     assert 'other training data' in run.of('failure')[0][1]['reason']['message']
+
+
+def test_a_merged_model_that_does_not_fit_its_type_says_nothing_against_a_checkpoint(adapter, tmp_path):
+    from safetensors.numpy import load_file, save_file
+    tensors = load_file(adapter / 'adapter_model.safetensors')
+    wide = next(name for name in tensors if 'layers.0.mlp.down_proj.lora_B' in name)
+    tensors[wide] = tensors[wide] * numpy.float32(1e8)  # merged: infinite in float16
+    (tmp_path / 'wide').mkdir()
+    (tmp_path / 'wide' / 'adapter_config.json').write_text((adapter / 'adapter_config.json').read_text())
+    save_file(tensors, tmp_path / 'wide' / 'adapter_model.safetensors')
+    start = make_start(tmp_path / 'job', documents(150), 1, adapter=tmp_path / 'wide', training={'learning_rate': 1e-6}, checkpoint={'save_steps': '1', 'load_best_model_at_end': False})
+    run = Run({**start, 'merge_dtype': 'float16'}, tmp_path / 'run', pp=1, ok=False)
+    assert run.of('checkpoint') and not run.of('exported')
+    failures = [f for _, f in run.of('failure')]
+    assert {f['reason']['code'] for f in failures} == {'EXPORT_MISMATCH'}, failures
+    assert 'output.merge_dtype: float32' in failures[0]['reason']['remedy']
 
 
 def test_an_adapter_of_another_r_is_refused(start, tmp_path):
