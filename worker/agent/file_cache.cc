@@ -82,6 +82,7 @@ FileCache::FileCache(std::string directory, int64_t limit_bytes, int max_downloa
     : directory_(std::move(directory)), limit_bytes_(limit_bytes), max_downloads_(std::max(1, max_downloads)), download_(std::move(download)) {}
 
 absl::Status FileCache::Open(const std::string& boot_id) {
+  boot_id_ = boot_id;
   PPFT_RETURN_IF_ERROR(MakeDirs(directory_));
   const std::string boot_path = JoinPath(directory_, kBootFile);
   const absl::StatusOr<std::string> last_boot = ReadFile(boot_path, 1000);
@@ -175,6 +176,10 @@ absl::StatusOr<std::string> FileCache::FetchCounted(const v1::FileRef& file, con
     }
     Part part;
     status = part.Open(absl::StrCat(path, kPart));
+    if (absl::IsNotFound(status)) {
+      status = MakeAgain();
+      if (status.ok()) status = part.Open(absl::StrCat(path, kPart));
+    }
     const int64_t had = part.size_bytes;
     std::chrono::milliseconds pause(100);
     int damaged = 0;
@@ -201,6 +206,14 @@ absl::StatusOr<std::string> FileCache::FetchCounted(const v1::FileRef& file, con
   changed_.notify_all();
   if (!status.ok()) return Annotate(status, absl::StrCat("fetching ", file.name()));
   return LinkInto(path, file.sha256(), folder);
+}
+
+absl::Status FileCache::MakeAgain() {
+  LogWarning(directory_, " is gone: it is made again");
+  PPFT_RETURN_IF_ERROR(MakeDirs(directory_));
+  std::lock_guard<std::mutex> lock(mutex_);
+  bytes_ = 0;
+  return WriteFileAtomic(JoinPath(directory_, kBootFile), boot_id_);
 }
 
 bool FileCache::TakeOver(const v1::FileRef& file, const std::string& path) {

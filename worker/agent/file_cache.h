@@ -55,6 +55,8 @@ class FileCache {
 
   absl::StatusOr<std::string> FetchCounted(const v1::FileRef& file, const std::string& folder, const std::function<bool()>& keep_going, int64_t* downloaded);
   absl::StatusOr<std::string> LinkInto(const std::string& path, const std::string& sha256, const std::string& folder);
+  // Somebody deleted the folder under this process.
+  absl::Status MakeAgain();
   // Of an earlier boot: true if it is still what its name says; gone if not.
   bool TakeOver(const v1::FileRef& file, const std::string& path);
   absl::Status FetchOnce(const v1::FileRef& file, const std::string& path, bool check, Part& part);
@@ -65,6 +67,7 @@ class FileCache {
   const int64_t limit_bytes_;
   const int max_downloads_;
   const Download download_;
+  std::string boot_id_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::set<std::string> fetching_;  // guarded by mutex_: contents

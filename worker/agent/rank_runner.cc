@@ -34,6 +34,15 @@ absl::Duration StallTimeout(const v1::JobSpec& spec) {
   return timeout > absl::ZeroDuration() ? timeout : absl::Seconds(300);
 }
 
+// The reason of a start that lacks a file of the adapter that the job begins with.
+constexpr char kAdapterLost[] = "ADAPTER_LOST";
+
+// The coordinator has said so of a file of its own. A file that is missing on this host is another matter, whatever its status code.
+bool IsLostContent(const absl::Status& status) {
+  const std::string reason = net::GetErrorInfo(status).reason;
+  return reason == "CONTENT_DAMAGED" || reason == "CONTENT_MISSING";
+}
+
 }  // namespace
 
 RankRunner::RankRunner(const RankEnvironment& environment, v1::RankDirective directive)
@@ -108,7 +117,12 @@ void RankRunner::Run() {
                                                "the job goes on from an older checkpoint by itself; look after the coordinator's disk");
       report.mutable_failure()->set_step(corrupt_step_);
       Enqueue(std::move(report));
-    } else if (cause == "CONTENT_DAMAGED") {
+    } else if (cause == "STORE_UNREADABLE") {
+      Enqueue(FailureReport(cause, "OPERATOR", std::string(status.message()), "mount the disk of the coordinator's --data_dir, then submit the job again"));
+    } else if (cause == kAdapterLost) {
+      Enqueue(FailureReport("STORE_UNREADABLE", "OPERATOR", std::string(status.message()),
+                            "look after the coordinator's disk, then upload the adapter again: submit the job with its folder as model.init_adapter"));
+    } else if (IsLostContent(status)) {
       Enqueue(FailureReport("STORE_UNREADABLE", "OPERATOR", std::string(status.message()),
                             "look after the coordinator's disk, then submit the job again: its training data is prepared anew"));
     } else if (cause == "MODEL_INVALID") {
@@ -160,7 +174,7 @@ absl::Status RankRunner::FetchFiles(const std::vector<v1::FileRef>& files) {
 
 absl::Status RankRunner::FetchCheckpoint(const v1::CheckpointManifest& manifest, google::protobuf::RepeatedPtrField<v1::LocalFile>* out) {
   absl::Status status = FetchFiles({manifest.files().begin(), manifest.files().end()});
-  if (absl::IsNotFound(status) || net::GetErrorInfo(status).reason == "CONTENT_DAMAGED") {
+  if (IsLostContent(status)) {
     corrupt_step_ = manifest.state().step();
     net::SetErrorInfo(&status, {"CHECKPOINT_CORRUPT", {}});
   }
@@ -188,8 +202,13 @@ absl::Status RankRunner::FetchInputs(v1::Start* start) {
   }
   add(directive_.train_tokens(), start->mutable_train_tokens());
   if (directive_.has_eval_tokens()) add(directive_.eval_tokens(), start->mutable_eval_tokens());
+  PPFT_RETURN_IF_ERROR(FetchFiles(files));
+  if (directive_.init_adapter().empty()) return absl::OkStatus();
+  files.clear();
   for (const v1::FileRef& file : directive_.init_adapter()) add(file, start->add_init_adapter());
-  return FetchFiles(files);
+  absl::Status status = FetchFiles(files);
+  if (IsLostContent(status)) net::SetErrorInfo(&status, {kAdapterLost, {}});
+  return status;
 }
 
 absl::Status RankRunner::Prepare(v1::Start* start) {

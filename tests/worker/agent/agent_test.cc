@@ -100,7 +100,15 @@ class FakeCoordinator final : public v1::WorkerService::Service {
       return net::ToGrpcStatus(status);
     }
     const auto found = files.find(request->sha256());
-    if (found == files.end()) return grpc::Status(grpc::StatusCode::NOT_FOUND, "no such content");
+    if (found == files.end()) {
+      absl::Status missing = absl::NotFoundError("no such content");
+      if (request->sha256() != unnamed) net::SetErrorInfo(&missing, {"CONTENT_MISSING", {}});
+      if (!unmounted.empty()) {
+        missing = absl::FailedPreconditionError(unmounted);
+        net::SetErrorInfo(&missing, {"STORE_UNREADABLE", {}});
+      }
+      return net::ToGrpcStatus(missing);
+    }
     v1::FileChunk chunk;
     chunk.set_offset(request->offset());
     chunk.set_data(found->second.substr(static_cast<size_t>(request->offset())));
@@ -175,6 +183,8 @@ class FakeCoordinator final : public v1::WorkerService::Service {
   bool name_taken = false;  // every hello is refused
   std::string version;      // not empty: every hello is of another one
   int turned_away = 0;
+  std::string unnamed;                                                       // missing, and it does not say that it means its own content
+  std::string unmounted;                                                     // not empty: why nothing that is missing can be told to be lost
   std::string damaged;                                                       // content that has changed on the coordinator's disk
   std::string changed_model;                                                 // content that the coordinator does not have any more
   v1::TrainerReport::ReportCase refuse = v1::TrainerReport::REPORT_NOT_SET;  // ends the stream that carries one
@@ -465,6 +475,62 @@ TEST_F(AgentTest, TrainingDataThatIsDamagedOnTheCoordinatorsDiskIsTheOperators) 
   EXPECT_EQ(reason.code(), "STORE_UNREADABLE");
   EXPECT_EQ(reason.owner(), "OPERATOR");
   EXPECT_THAT(reason.message(), HasSubstr("fetching train.safetensors: its content is damaged"));
+}
+
+TEST_F(AgentTest, AnAdapterThatIsDamagedOnTheCoordinatorsDiskIsToBeUploadedAgain) {
+  v1::RankDirective rank = Rank("steps");
+  *rank.add_init_adapter() = coordinator_.AddFile("adapter_model.safetensors", "an adapter");
+  {
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    coordinator_.damaged = rank.init_adapter(0).sha256();
+  }
+  coordinator_.Direct({rank});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("failure"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  const v1::Reason& reason = coordinator_.reports.back().report().failure().reason();
+  EXPECT_EQ(reason.code(), "STORE_UNREADABLE");
+  EXPECT_THAT(reason.message(), HasSubstr("fetching adapter_model.safetensors"));
+  EXPECT_THAT(reason.remedy(), HasSubstr("upload the adapter again"));
+}
+
+// What is missing on this host, or told by anything else than the coordinator's store, takes no checkpoint away.
+TEST_F(AgentTest, OnlyTheCoordinatorsOwnWordMakesACheckpointLost) {
+  for (const bool unmounted : {false, true}) {
+    v1::RankDirective rank = Rank("steps", unmounted ? 1 : 2);
+    rank.mutable_resume()->mutable_state()->set_step(40);
+    const v1::FileRef file = coordinator_.AddFile("rank-0.safetensors", "a checkpoint");
+    *rank.mutable_resume()->add_files() = file;
+    {
+      std::lock_guard<std::mutex> lock(coordinator_.mutex);
+      coordinator_.reports.clear();
+      coordinator_.files.erase(file.sha256());
+      coordinator_.unnamed = file.sha256();
+      coordinator_.unmounted = unmounted ? "blobs/ab is not there" : "";
+    }
+    coordinator_.Direct({rank});
+    ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("failure"); }));
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    const v1::Reason& reason = coordinator_.reports.back().report().failure().reason();
+    EXPECT_EQ(reason.code(), unmounted ? "STORE_UNREADABLE" : "COMM_ERROR");
+    EXPECT_THAT(reason.message(), HasSubstr("fetching rank-0.safetensors"));
+  }
+}
+
+TEST_F(AgentTest, ACacheThatWasDeletedUnderTheWorkerCostsNoCheckpoint) {
+  coordinator_.Direct({Rank("steps", 1)});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("exited"); }));
+  std::filesystem::remove_all(directory_ + "/cache");
+  v1::RankDirective rank = Rank("steps", 2);
+  rank.mutable_resume()->mutable_state()->set_step(40);
+  *rank.mutable_resume()->add_files() = coordinator_.AddFile("rank-0.safetensors", "a checkpoint");
+  {
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    coordinator_.reports.clear();
+  }
+  coordinator_.Direct({rank});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("exited") || coordinator_.Has("failure"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  EXPECT_THAT(coordinator_.Kinds(), testing::Not(testing::Contains("failure")));
 }
 
 TEST_F(AgentTest, ATraceIsPassedToTheTrainerAndItsAnswerBack) {

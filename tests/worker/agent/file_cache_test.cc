@@ -243,6 +243,20 @@ TEST_F(FileCacheTest, AfterACrashOfTheHostFilesAreHashedBeforeTheirFirstUse) {
   EXPECT_EQ(cache.bytes(), 200);
 }
 
+TEST_F(FileCacheTest, AFolderThatWasDeletedUnderItIsMadeAgain) {
+  const std::string content(100, 'a'), other(50, 'b');
+  FileCache cache(root_ + "/cache", 1000, kDownloads,
+                  [&](const std::string& sha256, int64_t, bool, const FileCache::Sink& sink) { return sink(sha256 == Sha256Hex(content) ? content : other); });
+  ASSERT_TRUE(cache.Open("boot").ok());
+  ASSERT_TRUE(cache.Fetch(Ref(content), root_ + "/rank", Always).ok());
+  std::filesystem::remove_all(root_ + "/cache");
+  const auto path = cache.Fetch(Ref(other), root_ + "/rank", Always);
+  ASSERT_TRUE(path.ok()) << path.status();
+  EXPECT_EQ(*ReadFile(*path), other);
+  EXPECT_EQ(cache.bytes(), 50);
+  EXPECT_EQ(*ReadFile(root_ + "/cache/boot"), "boot") << "else the next process hashes all of it again";
+}
+
 TEST(DevicesTest, FlagSaysHowManySlots) {
   const auto devices = OfferDevices("cpu:3", 2);
   ASSERT_TRUE(devices.ok());
