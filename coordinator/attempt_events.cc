@@ -144,6 +144,7 @@ void JobController::EndAttempt(JobEntry& job) {
   job.first_written.clear();
   if (job.trace.has_value()) job.trace.emplace(TraceRun{job.trace->order, {}, {}});  // the next attempt answers anew
   job.failures.Clear();
+  job.checks_running = 0;
   job.changed = true;
 }
 

@@ -54,6 +54,8 @@ class JobWork {
   virtual absl::StatusOr<std::vector<v1::ArtifactManifest>> Assemble(const AssembleInput& input) = 0;
   // Removes contents that no row names any more. Best effort; what is missing is fine.
   virtual void DeleteBlobs(const std::vector<std::string>& sha256s) = 0;
+  // Reads them all. DATA_LOSS for the first that is damaged, NOT_FOUND for one that is lost; any other error says nothing about them.
+  virtual absl::Status CheckBlobs(const std::vector<std::string>& sha256s) = 0;
 
   // The room on the disk of the data folder, with the ballast kept accordingly. These two are quick, and are called on the controller's thread.
   virtual DiskRoom LookAtDisk() = 0;

@@ -83,6 +83,18 @@ absl::Status CheckRoots(const std::vector<std::string>& roots) {
   return absl::OkStatus();
 }
 
+// A store without the folder of its files: their disk is not mounted. To begin with an empty one would make all of them lost.
+absl::Status CheckFilesFolder(const std::string& data_dir) {
+  const std::string blobs = JoinPath(data_dir, "blobs/00");
+  if (PathExists(blobs)) return absl::OkStatus();
+  if (!PathExists(JoinPath(data_dir, "ppft.db"))) {
+    MakeDirs(blobs).IgnoreError();  // before the store is there; what cannot be made is told by those who need it
+    return absl::OkStatus();
+  }
+  return absl::FailedPreconditionError(absl::StrCat("STORE_UNREADABLE: ", data_dir, "/ppft.db is there, but ", blobs,
+                                                    " is not: mount the disk of the files; if they are lost for good, make that folder and start again"));
+}
+
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const TlsFiles& tls) {
   if (tls.empty()) return grpc::InsecureServerCredentials();
   grpc::SslServerCredentialsOptions options(GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
@@ -112,6 +124,7 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(const Coordinato
   PPFT_RETURN_IF_ERROR(CheckRoles({"ppft.v1.JobService", "ppft.v1.ClusterService", "ppft.v1.WorkerService", "ppft.v1.BlobService", "ppft.v1.DatasetService",
                                    "ppft.v1.ModelService", "ppft.v1.ArtifactService"}));
   auto coordinator = std::unique_ptr<Coordinator>(new Coordinator());
+  PPFT_RETURN_IF_ERROR(CheckFilesFolder(options.data_dir));
   // The store first: its lock keeps a second coordinator away from everything in data_dir.
   absl::StatusOr<std::unique_ptr<JobStore>> store = OpenSqliteJobStore(options.data_dir);
   if (absl::IsResourceExhausted(store.status()) && DiskGuard::RemoveBallast(options.data_dir)) store = OpenSqliteJobStore(options.data_dir);

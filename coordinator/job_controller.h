@@ -131,6 +131,7 @@ class JobController : public Controller {
     std::vector<v1::FileRef> init_adapter;
     AttemptFailures failures;  // not empty: wait for a better cause until failure_deadline
     absl::Time failure_deadline;
+    int checks_running = 0;                           // of the files that the attempt goes on from: its failures wait for them
     std::vector<v1::CheckpointManifest> checkpoints;  // by step; the damaged ones are in the store alone
     absl::optional<TraceRun> trace;                   // kept over attempts
     std::map<int64_t, absl::Time> first_written;      // checkpoint step -> when the first rank's file came
@@ -215,8 +216,11 @@ class JobController : public Controller {
   void OnExported(JobEntry& job, const v1::RankReport& report);
   void OnExited(JobEntry& job, const WorkerEntry& worker, const v1::RankReport& report);
   void CommitCheckpoint(JobEntry& job, v1::CheckpointManifest manifest);
-  // Nothing goes on from it any more, nor from those that need it.
-  void MarkDamaged(JobEntry& job, int64_t step, const std::string& why);
+  // A rank could not go on from its checkpoint: the files here are looked at, on the pool, and only what is found damaged or lost costs a checkpoint.
+  void CheckCheckpoint(JobEntry& job, const Failure& failure);
+  void OnCheckpointChecked(const std::string& id, int64_t epoch, Failure failure, const std::map<int64_t, std::string>& damage);
+  // Nothing goes on from it any more, nor from those that need it. False: it was put aside before.
+  bool MarkDamaged(JobEntry& job, int64_t step, const std::string& why);
   void DropUnreferenced(const std::set<std::string>& contents);
   void OnTrace(JobEntry& job, const WorkerEntry& worker, const v1::RankPlan& rank, const v1::RankTrace& trace);
 

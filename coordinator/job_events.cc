@@ -160,7 +160,7 @@ void JobController::TickJobs() {
       }
       continue;
     }
-    if (!job.failures.empty() && options_.steady() >= job.failure_deadline) {
+    if (!job.failures.empty() && job.checks_running == 0 && options_.steady() >= job.failure_deadline) {
       Fail(job, job.failures.Cause(job.record.plan(), Unreachable(job.record.plan())));
     }
     const auto& limits = job.record.job().spec().limits();

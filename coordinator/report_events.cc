@@ -87,12 +87,9 @@ void JobController::OnCurrentReport(JobEntry& job, const WorkerEntry& worker, co
     case v1::TrainerReport::kExported:
       return OnExported(job, report);
     case v1::TrainerReport::kFailure: {
-      Failure failure = FailureOf(body.failure(), key.rank(), status.step());
-      const int64_t resume_step = job.record.resume_step();
-      if (failure.reason.code() == "CHECKPOINT_CORRUPT" && resume_step > 0) {
-        failure.costs_checkpoint = true;
-        // An agent names the step; a trainer has only what it was told to go on from.
-        MarkDamaged(job, body.failure().step() > 0 ? body.failure().step() : resume_step, failure.reason.message());
+      const Failure failure = FailureOf(body.failure(), key.rank(), status.step());
+      if (failure.reason.code() == "CHECKPOINT_CORRUPT" && status.state() == v1::JOB_STATE_STARTING && job.record.resume_step() > 0) {
+        return CheckCheckpoint(job, failure);
       }
       return OnFailure(job, failure);
     }
@@ -204,9 +201,55 @@ void JobController::CommitCheckpoint(JobEntry& job, v1::CheckpointManifest manif
   });
 }
 
-void JobController::MarkDamaged(JobEntry& job, int64_t step, const std::string& why) {
+void JobController::CheckCheckpoint(JobEntry& job, const Failure& failure) {
+  std::map<int64_t, std::vector<std::string>> contents;
+  const auto add = [&](int64_t step) {
+    for (const v1::CheckpointManifest& one : job.checkpoints) {
+      if (one.state().step() != step) continue;
+      for (const v1::FileRef& file : one.files()) contents[step].push_back(file.sha256());
+    }
+  };
+  const int64_t resume_step = job.record.resume_step();
+  add(resume_step);
+  for (const v1::CheckpointManifest& one : job.checkpoints) {
+    if (one.state().step() == resume_step && one.state().best_step() > 0 && one.state().best_step() != resume_step) {
+      add(one.state().best_step());
+      break;
+    }
+  }
+  const std::string id = job.record.job().id();
+  const int64_t epoch = job.record.job().status().attempt_epoch();
+  ++job.checks_running;
+  after_commit_.push_back([this, id, epoch, failure, contents = std::move(contents)] {
+    pool_.Run([this, id, epoch, failure, contents] {
+      std::map<int64_t, std::string> damage;
+      for (const auto& [step, sha256s] : contents) {
+        const absl::Status status = work_->CheckBlobs(sha256s);
+        if (absl::IsDataLoss(status) || absl::IsNotFound(status)) damage[step] = std::string(status.message());
+      }
+      Post([this, id, epoch, failure, damage = std::move(damage)](JobStore&) {
+        OnCheckpointChecked(id, epoch, failure, damage);
+        return absl::OkStatus();
+      });
+    });
+  });
+}
+
+void JobController::OnCheckpointChecked(const std::string& id, int64_t epoch, Failure failure, const std::map<int64_t, std::string>& damage) {
+  JobEntry* job = FindEntry(id);
+  if (job == nullptr || job->record.job().status().attempt_epoch() != epoch) return;
+  job->checks_running = std::max(0, job->checks_running - 1);
+  const v1::JobState state = job->record.job().status().state();
+  if (!HasRanks(state)) return;
+  for (const auto& [step, why] : damage) {
+    if (state == v1::JOB_STATE_STARTING && MarkDamaged(*job, step, why)) failure.costs_checkpoint = true;
+  }
+  OnFailure(*job, failure);
+}
+
+bool JobController::MarkDamaged(JobEntry& job, int64_t step, const std::string& why) {
   const auto has_step = [](int64_t wanted) { return [wanted](const v1::CheckpointManifest& one) { return one.state().step() == wanted; }; };
-  if (std::none_of(job.checkpoints.begin(), job.checkpoints.end(), has_step(step))) return;  // another rank has said so
+  if (std::none_of(job.checkpoints.begin(), job.checkpoints.end(), has_step(step))) return false;  // another rank has said so
   const v1::JobSpec& spec = job.record.job().spec();
   std::map<int64_t, std::string> damage = {{step, why}};
   std::vector<v1::CheckpointManifest> others;
@@ -224,7 +267,7 @@ void JobController::MarkDamaged(JobEntry& job, int64_t step, const std::string& 
       continue;
     }
     manifest.set_damage(bad->second);
-    if (const absl::Status put = store_->PutCheckpoint(manifest); !put.ok()) return Broken(put);
+    if (const absl::Status put = store_->PutCheckpoint(manifest); !put.ok()) Broken(put);
   }
   job.checkpoints = std::move(good);
   job.record.mutable_job()->mutable_status()->set_checkpoint_step(newest_step);
@@ -235,6 +278,7 @@ void JobController::MarkDamaged(JobEntry& job, int64_t step, const std::string& 
                         "coordinator", options_.wall());
   note.set_step(step);
   Append(job, note);
+  return true;
 }
 
 // Rows of contents that nothing names any more go now, the files after the commit.

@@ -29,6 +29,10 @@ class ArtifactWork : public JobWork {
       if (!status.ok()) LogWarning("a file that nothing names stays: ", std::string(status.message()));
     }
   }
+  absl::Status CheckBlobs(const std::vector<std::string>& sha256s) override {
+    for (const std::string& sha256 : sha256s) PPFT_RETURN_IF_ERROR(blobs_->Verify(sha256));
+    return absl::OkStatus();
+  }
   DiskRoom LookAtDisk() override { return disk_->Look(); }
   void GiveUpBallast() override { disk_->GiveUpBallast(); }
 

@@ -105,7 +105,11 @@ std::string BlobStore::PartialPath(const std::string& key) const { return JoinPa
 absl::StatusOr<Fd> BlobStore::OpenBlob(const std::string& sha256) const {
   if (!IsSha256Hex(sha256)) return absl::InvalidArgumentError("sha256 must be 64 lower-case hex digits");
   Fd fd(open(PathOf(sha256).c_str(), O_RDONLY | O_CLOEXEC));
-  if (!fd && errno == ENOENT) return absl::NotFoundError(absl::StrCat("no file with the content ", sha256));
+  if (!fd && errno == ENOENT) {
+    const std::string folder = JoinPath(data_dir_, absl::StrCat("blobs/", sha256.substr(0, 2)));
+    if (!PathExists(folder)) return absl::UnavailableError(absl::StrCat(folder, " is not there: is the disk of --data_dir mounted?"));
+    return absl::NotFoundError(absl::StrCat("no file with the content ", sha256, " in ", folder));
+  }
   if (!fd) return ErrnoStatus(errno, PathOf(sha256));
   return fd;
 }

@@ -38,7 +38,7 @@ class BlobStore {
   // Size of a complete blob.
   absl::optional<int64_t> Find(const std::string& sha256) const;
   std::string PathOf(const std::string& sha256) const;
-  // NOT_FOUND if there is no such blob.
+  // NOT_FOUND if there is no such blob; UNAVAILABLE if the folders of all blobs are not there, as when a disk is not mounted.
   absl::StatusOr<Fd> OpenBlob(const std::string& sha256) const;
   absl::StatusOr<std::string> Read(const std::string& sha256, int64_t max_bytes) const;
 
@@ -59,7 +59,7 @@ class BlobStore {
   // A missing blob is fine.
   absl::Status Delete(const std::string& sha256);
   // Hashes the blob. DATA_LOSS if it is damaged, or cannot be read: it then lies in damaged/ for a week, and its name is free for the right bytes;
-  // DATA_LOSS as well while it lies there alone.
+  // DATA_LOSS as well while it lies there alone; otherwise the errors of OpenBlob.
   absl::Status Verify(const std::string& sha256) const;
 
   // For the sweep. A blob is as old as its last use by an upload or by AddFile: it is made young when it is published or found there.

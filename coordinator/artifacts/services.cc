@@ -257,15 +257,23 @@ absl::StatusOr<v1::ArtifactManifest> ArtifactServiceImpl::CheckpointArtifact(con
     PPFT_ASSIGN_OR_RETURN(job, find_job_(store, job_id));
     PPFT_ASSIGN_OR_RETURN(const std::vector<v1::CheckpointManifest> list, store.ListCheckpoints(job_id));
     bool found = false;
+    absl::Status damaged;                             // of the best, unless a newer one is
     for (const v1::CheckpointManifest& one : list) {  // by step: the newest that fits stays
       if (checkpoint == "best" ? !one.best() : checkpoint != "latest" && one.state().step() != step) continue;
+      damaged = absl::OkStatus();
       if (!one.damage().empty()) {
-        if (one.state().step() == step) return absl::FailedPreconditionError(absl::StrCat("the checkpoint of step ", step, " cannot be used: ", one.damage()));
+        if (checkpoint == "latest") continue;
+        damaged = absl::FailedPreconditionError(absl::StrCat(
+            "the ", checkpoint == "best" ? "best checkpoint, of step " : "checkpoint of step ", one.state().step(), ", cannot be used: ", one.damage(),
+            checkpoint != "best" ? ""
+            : found              ? absl::StrCat("; the best one before it is had with --checkpoint step:", chosen.state().step())
+                                 : std::string("; no other best one is left")));
         continue;
       }
       chosen = one;
       found = true;
     }
+    PPFT_RETURN_IF_ERROR(damaged);
     if (!found) return absl::NotFoundError(absl::StrCat("the job ", job_id, " has no checkpoint \"", checkpoint, "\": see `ppctl checkpoints ", job_id, "`"));
     const auto artifact = store.GetArtifact(absl::StrCat(job_id, "@step-", chosen.state().step()), "adapter");
     if (artifact.ok()) made = *artifact;
@@ -360,7 +368,17 @@ grpc::Status WorkerFilesImpl::FetchFile(grpc::ServerContext* context, const v1::
     }
   }
   auto range = OpenBlobRange(*blobs_, request->sha256());
-  if (absl::IsNotFound(range.status())) range = models_->OpenTensor(request->sha256(), request->check());
+  absl::Status absent = range.status();
+  if (absl::IsNotFound(absent) || absl::IsUnavailable(absent)) {
+    range = models_->OpenTensor(request->sha256(), request->check());
+    if (absl::IsNotFound(range.status())) {
+      // Not UNAVAILABLE on the wire: workers would wait for it, and nobody would be told.
+      if (absl::IsUnavailable(absent)) absent = absl::FailedPreconditionError(absent.message());
+      net::SetErrorInfo(&absent, {absl::IsNotFound(absent) ? "CONTENT_MISSING" : "STORE_UNREADABLE", {}});
+      LogError(absent.message());
+      return Reply(absent);
+    }
+  }
   if (!range.ok()) return Reply(range.status());
   return Reply(SendRange(*range, request->offset(), context, writer));
 }

@@ -13,7 +13,7 @@ namespace {
 constexpr absl::string_view kUserCodes[] = {"SPEC_INVALID",       "DATASET_INVALID", "MODEL_INVALID",  "TOKENIZER_MISMATCH", "OUT_OF_DEVICE_MEMORY",
                                             "NUMERIC_DIVERGENCE", "POISON_STEP",     "QUOTA_EXCEEDED", "CANCELLED",          "ADAPTER_INVALID"};
 constexpr absl::string_view kOperatorCodes[] = {"DISK_FULL", "STORE_UNREADABLE", "CERT_EXPIRED", "VERSION_MISMATCH", "NO_CAPACITY"};
-constexpr absl::string_view kInfrastructureCodes[] = {"WORKER_LOST",        "WORKER_CRASHED", "STAGE_HUNG",  "COMM_ERROR",
+constexpr absl::string_view kInfrastructureCodes[] = {"WORKER_LOST",        "WORKER_CRASHED", "STAGE_HUNG",  "COMM_ERROR", "EXPORT_MISMATCH",
                                                       "CHECKPOINT_CORRUPT", "DEVICE_ERROR",   "STALE_EPOCH", "INTERNAL"};
 
 template <typename Codes>

@@ -16,6 +16,8 @@ constexpr absl::Duration kFirstDelay = absl::Milliseconds(500);
 constexpr absl::Duration kLongestDelay = absl::Seconds(30);
 constexpr absl::Duration kDiskDelay = absl::Seconds(15);
 constexpr int kExcludingFailures = 2;
+// A model that differs from its files again is no accident of memory or disk.
+constexpr int kExportMismatches = 2;
 
 std::string LastLine(absl::string_view text) {
   text = absl::StripTrailingAsciiWhitespace(text);
@@ -63,7 +65,9 @@ RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, i
   decision.state = state;
   const bool same = failure.deterministic && state.last_code() == failure.reason.code() && state.last_step() == failure.step;
   decision.state.set_last_code(failure.deterministic ? failure.reason.code() : "");
-  decision.state.set_last_step(failure.step);
+  // Where the steps since the last restart that counted began. Such a restart keeps the step of its failure, and the attempt after it begins at or before that.
+  const int64_t begin = std::min(state.last_step(), resume_step);
+  decision.state.set_last_step(begin);
   decision.state.set_same_failures_in_a_row(!failure.deterministic ? 0 : same ? state.same_failures_in_a_row() + 1 : 1);
   decision.state.set_not_before_unix_ms(0);
   if (failure.reason.owner() == "USER") return decision;
@@ -80,13 +84,14 @@ RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, i
     decision.delay = kDiskDelay;
     return decision;
   }
+  if (failure.reason.code() == "EXPORT_MISMATCH" && decision.state.same_failures_in_a_row() >= kExportMismatches) return decision;
   if (decision.state.same_failures_in_a_row() >= kPoisonFailures) {
     decision.reason =
         MakeReason("POISON_STEP", absl::StrCat("the step after ", failure.step, " failed ", kPoisonFailures, " times in a row: ", failure.reason.message()),
                    "look at the job's log; the cause lies in the job's data or settings, another attempt would fail again");
     return decision;
   }
-  const bool good = failure.step - resume_step >= kGoodSteps;
+  const bool good = failure.step - begin >= kGoodSteps;
   const int restarts = (good ? 0 : state.restarts()) + 1;
   if (restarts > max_restarts) {
     decision.reason.set_message(absl::StrCat(failure.reason.message(), " (after ", max_restarts, " restarts without ", kGoodSteps, " good steps in between)"));
@@ -94,6 +99,7 @@ RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, i
     return decision;
   }
   decision.restart = true;
+  decision.state.set_last_step(failure.step);
   decision.state.set_restarts(restarts);
   const int in_a_row = state.restarts_since_checkpoint() + 1;
   decision.state.set_restarts_since_checkpoint(in_a_row);

@@ -45,13 +45,13 @@ struct RetryDecision {
   std::string excluded;  // the worker that this failure excludes from the job; "" = none
 };
 
-// So many steps of an attempt refill the budget of restarts.
+// So many steps since the last restart that counted refill the budget of restarts.
 constexpr int64_t kGoodSteps = 1000;
 
-// Errors of the user end the job. A full disk is the operator's: the job pauses. Others restart it, up to `max_restarts` times without an attempt of
-// kGoodSteps steps in between: at once the first time after a checkpoint, then after 0.5 s, 1 s, 2 s … 30 s. A deterministic failure at one step three times
-// in a row is the job's own: POISON_STEP. The failure counts against `failure.worker`; a worker that failed the job twice is excluded. `resume_step`: where
-// the attempt began.
+// Errors of the user end the job. A full disk is the operator's: the job pauses. Others restart it, up to `max_restarts` times without kGoodSteps steps in
+// between, also over several attempts: at once the first time after a checkpoint, then after 0.5 s, 1 s, 2 s … 30 s. A deterministic failure at one step three
+// times in a row is the job's own: POISON_STEP; EXPORT_MISMATCH ends it the second time. The failure counts against `failure.worker`; a worker that failed the
+// job twice is excluded. `resume_step`: where the attempt began.
 RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, int64_t resume_step, int max_restarts);
 
 // Workers that failed the job twice, by name: it goes elsewhere while others can take it (queue.h).

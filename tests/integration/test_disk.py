@@ -122,6 +122,20 @@ def test_a_model_root_that_is_not_there_is_refused(tmp_path):
         assert not (tmp_path / "data").exists(), "nothing is left half done"
 
 
+def test_a_store_without_the_folder_of_its_files_is_not_begun_anew(cluster):
+    """As when a disk is not mounted: with an empty folder in its place every checkpoint would be lost."""
+    cluster.down()
+    data = cluster.dir / "coordinator"
+    (data / "blobs").rename(cluster.dir / "unmounted")
+    (data / "blobs").mkdir()  # where it is mounted
+    done = subprocess.run([BIN / "ppft-coordinator", "--data_dir", data, "--listen", "127.0.0.1:0", "--metrics_listen", "127.0.0.1:0"], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "STORE_UNREADABLE" in done.stderr and "mount the disk" in done.stderr, done.stderr
+    assert not any((data / "blobs").iterdir())
+    (data / "blobs").rmdir()
+    (cluster.dir / "unmounted").rename(data / "blobs")
+    cluster.up()
+
+
 def test_bad_weights_are_told_with_the_users_own_path(cluster, tiny, tmp_path):
     import shutil
     folder = tmp_path / "my model"

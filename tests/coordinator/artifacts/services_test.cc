@@ -32,7 +32,9 @@ namespace ppft::coordinator {
 namespace {
 
 using nlohmann::json;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 // The file half of WorkerService by itself.
 class WorkerFace : public v1::WorkerService::Service {
@@ -629,6 +631,67 @@ TEST_F(ServicesTest, AJobWithoutAFinalModelIsToldByItsCheckpoints) {
                   })
                   .ok());
   EXPECT_THAT(answer(), HasSubstr("--checkpoint latest"));
+}
+
+TEST_F(ServicesTest, ADamagedBestCheckpointIsNotReplacedInSilence) {
+  const auto ask = [this](const std::string& checkpoint) {
+    grpc::ClientContext context;
+    v1::GetManifestRequest request;
+    request.set_job_id(kCancelledJob);
+    request.set_checkpoint(checkpoint);
+    v1::ArtifactManifest manifest;
+    return v1::ArtifactService::NewStub(channel_)->GetManifest(&context, request, &manifest);
+  };
+  const auto put = [this](int64_t step, const std::string& damage) {
+    return controller_->Run([&](JobStore& store) {
+      v1::CheckpointManifest checkpoint;
+      checkpoint.set_job_id(kCancelledJob);
+      checkpoint.mutable_state()->set_step(step);
+      checkpoint.set_best(true);
+      checkpoint.set_damage(damage);
+      return store.PutCheckpoint(checkpoint);
+    });
+  };
+  ASSERT_TRUE(controller_
+                  ->Run([](JobStore& store) {
+                    v1::JobRecord record;
+                    record.mutable_job()->set_id(kCancelledJob);
+                    record.mutable_job()->mutable_status()->set_state(v1::JOB_STATE_CANCELLED);
+                    record.mutable_job()->mutable_status()->set_attempt_epoch(1);
+                    return store.InsertJob(record);
+                  })
+                  .ok());
+  ASSERT_TRUE(put(40, "rank-1.safetensors is damaged").ok());
+  grpc::Status status = ask("best");
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_THAT(status.error_message(),
+              AllOf(HasSubstr("the best checkpoint, of step 40, cannot be used: rank-1.safetensors is damaged"), HasSubstr("no other")));
+  ASSERT_TRUE(put(20, "").ok());
+  status = ask("best");
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_THAT(status.error_message(), HasSubstr("--checkpoint step:20"));
+  EXPECT_THAT(ask("step:40").error_message(), HasSubstr("the checkpoint of step 40, cannot be used"));
+  ASSERT_TRUE(put(60, "").ok());
+  EXPECT_THAT(ask("best").error_message(), Not(HasSubstr("cannot be used"))) << "a newer best one took its place";
+}
+
+TEST_F(ServicesTest, WorkersAreToldWhetherAFileIsLostOrItsDiskIsNotThere) {
+  const std::string sha = Sha256Hex("a checkpoint");
+  const auto reason = [&] {
+    std::string back;
+    const absl::Status status = net::StatusFromGrpc(Fetch(sha, 0, &back));
+    EXPECT_FALSE(absl::IsUnavailable(status)) << "workers would wait for it";
+    return net::GetErrorInfo(status).reason;
+  };
+  EXPECT_EQ(reason(), "CONTENT_MISSING");
+  EXPECT_TRUE(absl::IsNotFound(artifacts_->work()->CheckBlobs({sha})));
+  std::filesystem::rename(dir_ + "/data/blobs", dir_ + "/unmounted");
+  EXPECT_EQ(reason(), "STORE_UNREADABLE");
+  EXPECT_TRUE(absl::IsUnavailable(artifacts_->work()->CheckBlobs({sha})));
+  std::filesystem::rename(dir_ + "/unmounted", dir_ + "/data/blobs");
+  ASSERT_TRUE(Upload("a checkpoint").ok());
+  EXPECT_TRUE(artifacts_->work()->CheckBlobs({sha}).ok());
+  EXPECT_EQ(reason(), "");
 }
 
 TEST_F(ServicesTest, UploadedAdapterIsCheckedAndDownloadedByContent) {

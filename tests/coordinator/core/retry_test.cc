@@ -41,14 +41,63 @@ TEST(Retry, TheBudgetEndsTheJobWithItsFirstCause) {
 
 TEST(Retry, AThousandGoodStepsRefillTheBudgetAndFewerDoNot) {
   v1::RetryState state;
-  for (int i = 0; i < 2; ++i) state = DecideRetry(state, Lost(), 0, 2).state;
   Failure failure = Lost();
+  failure.step = 550;
+  for (int i = 0; i < 2; ++i) state = DecideRetry(state, failure, 500, 2).state;
   failure.step = 1499;
   EXPECT_FALSE(DecideRetry(state, failure, 500, 2).restart);
   failure.step = 1500;
   const RetryDecision refilled = DecideRetry(state, failure, 500, 2);
   EXPECT_TRUE(refilled.restart);
   EXPECT_EQ(refilled.state.restarts(), 1);
+}
+
+TEST(Retry, GoodStepsAreSummedOverAttemptsThatEndedWithoutACount) {
+  Failure lost = Lost(), corrupt{MakeReason("CHECKPOINT_CORRUPT", "damaged"), 0}, full{MakeReason("DISK_FULL", "no room"), 0};
+  corrupt.costs_checkpoint = true;
+  lost.step = 450;
+  const v1::RetryState spent = DecideRetry({}, lost, 400, 1).state;  // its only restart; goes on at 400
+  full.step = 900;
+  const v1::RetryState paused = DecideRetry(spent, full, 400, 1).state;  // goes on at 880
+  lost.step = 1399;
+  EXPECT_FALSE(DecideRetry(paused, lost, 880, 1).restart) << "999 steps";
+  lost.step = 1400;
+  const RetryDecision refilled = DecideRetry(paused, lost, 880, 1);
+  EXPECT_TRUE(refilled.restart) << "no attempt had 1,000 by itself";
+  EXPECT_EQ(refilled.state.restarts(), 1);
+  // Back to the beginning, and a pause on the way: the steps count from there.
+  v1::RetryState back = DecideRetry(refilled.state, corrupt, 1390, 1).state;
+  full.step = 600;
+  back = DecideRetry(back, full, 0, 1).state;
+  lost.step = 999;
+  EXPECT_FALSE(DecideRetry(back, lost, 600, 1).restart);
+  lost.step = 1000;
+  EXPECT_TRUE(DecideRetry(back, lost, 600, 1).restart);
+}
+
+TEST(Retry, AStateOfAnEarlierVersionCountsOn) {
+  v1::RetryState state;  // it kept the step of the last failure of any kind
+  state.set_restarts(1);
+  state.set_last_step(300);
+  Failure lost = Lost();
+  lost.step = 1250;
+  EXPECT_FALSE(DecideRetry(state, lost, 260, 1).restart);
+  lost.step = 1260;
+  EXPECT_TRUE(DecideRetry(state, lost, 260, 1).restart);
+}
+
+TEST(Retry, AModelThatDiffersFromItsFilesTwiceEndsTheJobAndCostsNoCheckpoint) {
+  v1::Failure report;
+  *report.mutable_reason() = MakeReason("EXPORT_MISMATCH", "the merged read back from disk differs", "set output.merge_dtype: float32");
+  EXPECT_EQ(report.reason().owner(), "INFRASTRUCTURE");
+  const Failure failure = FailureOf(report, 0, 40);
+  EXPECT_FALSE(failure.costs_checkpoint);
+  const RetryDecision first = DecideRetry({}, failure, 20, 100);
+  EXPECT_TRUE(first.restart) << "the disk or the memory may have failed once";
+  const RetryDecision second = DecideRetry(first.state, failure, 40, 100);
+  EXPECT_FALSE(second.restart);
+  EXPECT_EQ(second.reason.code(), "EXPORT_MISMATCH");
+  EXPECT_EQ(second.reason.remedy(), "set output.merge_dtype: float32");
 }
 
 TEST(Retry, ANewCheckpointEndsTheDelayAndNotTheCount) {

@@ -53,7 +53,7 @@ v1::TrainerReport Killed(int signal) {
 
 v1::TrainerReport Corrupt(int64_t step) {
   v1::TrainerReport report;
-  *report.mutable_failure()->mutable_reason() = MakeReason("CHECKPOINT_CORRUPT", "rank-0.safetensors is damaged");
+  *report.mutable_failure()->mutable_reason() = MakeReason("CHECKPOINT_CORRUPT", "rank-0.safetensors cannot be read");
   report.mutable_failure()->set_step(step);
   report.mutable_failure()->set_peer(-1);
   return report;
@@ -525,8 +525,9 @@ TEST_F(JobLifeTest, ADamagedCheckpointSendsTheJobBackToAnOlderOneAndThenToTheBeg
   Save(id, 1, 4);
   workers_[0]->Report(Key(id, 1, 0), Killed(SIGKILL));
   EXPECT_EQ(workers_[0]->WaitForRank(0, 2).resume().state().step(), 4);
+  work_.set_damaged({"checkpoint-4-0"});
   workers_[0]->Report(Key(id, 2, 0), Corrupt(4));
-  workers_[1]->Report(Key(id, 2, 1), Corrupt(4));  // both need the file
+  workers_[1]->Report(Key(id, 2, 1), Corrupt(0));  // both need the file; a trainer names no step
   EXPECT_EQ(workers_[0]->WaitForRank(0, 3).resume().state().step(), 2);
   EXPECT_THAT(MetricSteps(id), ElementsAre(1, 2));
   EXPECT_EQ(Get(id).status().checkpoint_step(), 2);
@@ -538,7 +539,8 @@ TEST_F(JobLifeTest, ADamagedCheckpointSendsTheJobBackToAnOlderOneAndThenToTheBeg
   auto checkpoints = controller_->Run([&](JobStore& store) { return store.ListCheckpoints(id); });
   ASSERT_EQ(checkpoints->size(), 2u);
   EXPECT_EQ((*checkpoints)[0].damage(), "");
-  EXPECT_EQ((*checkpoints)[1].damage(), "rank-0.safetensors is damaged");
+  EXPECT_EQ((*checkpoints)[1].damage(), "checkpoint-4-0 is damaged");
+  work_.set_damaged({"checkpoint-2-1"});
   workers_[0]->Report(Key(id, 3, 0), Corrupt(2));
   EXPECT_FALSE(workers_[0]->WaitForRank(0, 4).has_resume());
   EXPECT_THAT(MetricSteps(id), IsEmpty());
@@ -556,8 +558,73 @@ TEST_F(JobLifeTest, ADamagedCheckpointSendsTheJobBackToAnOlderOneAndThenToTheBeg
     if (event.from() == event.to() && event.reason().code() == "CHECKPOINT_CORRUPT")
       notes.push_back(absl::StrCat(event.step(), ": ", event.reason().message()));
   }
-  EXPECT_THAT(notes, ElementsAre(AllOf(HasSubstr("4: "), HasSubstr("goes back to the one of step 2"), HasSubstr("rank-0.safetensors is damaged")),
+  EXPECT_THAT(notes, ElementsAre(AllOf(HasSubstr("4: "), HasSubstr("goes back to the one of step 2"), HasSubstr("checkpoint-4-0 is damaged")),
                                  AllOf(HasSubstr("2: "), HasSubstr("starts again from the beginning"))));
+}
+
+// A trainer's word alone costs no checkpoint, nor does a disk that is not there: such attempts count.
+TEST_F(JobLifeTest, ACheckpointWhoseFilesAreIntactStays) {
+  for (const bool mounted : {true, false}) {
+    Begin();
+    const std::string id = Submit(Spec(2, "limits: {max_restarts: 2}\n"));
+    MakeReady(id, 1);
+    Save(id, 1, 2);
+    workers_[0]->Report(Key(id, 1, 0), Killed(SIGKILL));
+    if (!mounted) work_.set_store_error(absl::UnavailableError("blobs/ab is not there"));
+    for (int64_t epoch = 2; epoch <= 3; ++epoch) {
+      EXPECT_EQ(workers_[1]->WaitForRank(1, epoch).resume().state().step(), 2);
+      workers_[1]->Report(Key(id, epoch, 1), Corrupt(2));
+    }
+    const v1::Job job = WaitFor(id, v1::JOB_STATE_FAILED);
+    EXPECT_EQ(job.status().reason().code(), "CHECKPOINT_CORRUPT") << mounted;
+    EXPECT_EQ(job.status().checkpoint_step(), 2) << mounted;
+    const auto checkpoints = controller_->Run([&](JobStore& store) { return store.ListCheckpoints(id); });
+    ASSERT_EQ(checkpoints->size(), 1u);
+    EXPECT_EQ((*checkpoints)[0].damage(), "") << mounted;
+    workers_.clear();
+    Down();
+    ASSERT_TRUE(RemoveAll(dir_).ok());
+    ASSERT_TRUE(MakeDirs(dir_).ok());
+  }
+}
+
+// After its start a job has read what it goes on from: nothing that happens then says anything about a checkpoint.
+TEST_F(JobLifeTest, AVerificationThatFailsEndsTheJobAndCostsNoCheckpoint) {
+  Begin();
+  const std::string id = Submit(Spec(2));
+  work_.set_damaged({"checkpoint-2-0", "checkpoint-4-0"});  // were anybody to look
+  MakeReady(id, 1);
+  Save(id, 1, 2);
+  workers_[0]->Report(Key(id, 1, 0), Killed(SIGKILL));
+  v1::TrainerReport mismatch;
+  *mismatch.mutable_failure()->mutable_reason() = MakeReason("EXPORT_MISMATCH", "the merged read back from disk gives logits that differ by inf");
+  mismatch.mutable_failure()->set_peer(-1);
+  for (int64_t epoch = 2; epoch <= 3; ++epoch) {
+    EXPECT_EQ(workers_[0]->WaitForRank(0, epoch).resume().state().step(), epoch == 2 ? 2 : 4);
+    MakeReady(id, epoch);
+    if (epoch == 2) Save(id, epoch, 4);
+    workers_[1]->Report(Key(id, epoch, 1), Finished(100));
+    mismatch.mutable_failure()->set_step(100);
+    workers_[0]->Report(Key(id, epoch, 0), mismatch);
+  }
+  const v1::Job job = WaitFor(id, v1::JOB_STATE_FAILED);
+  EXPECT_EQ(job.status().reason().code(), "EXPORT_MISMATCH");
+  EXPECT_EQ(job.status().restarts(), 2) << "one for the kill, one for the mismatch";
+  EXPECT_EQ(job.status().checkpoint_step(), 4);
+}
+
+TEST_F(JobLifeTest, ARunningRankCannotCostACheckpoint) {
+  Begin();
+  const std::string id = Submit(Spec(2, "limits: {max_restarts: 1}\n"));
+  work_.set_damaged({"checkpoint-2-0"});
+  MakeReady(id, 1);
+  Save(id, 1, 2);
+  workers_[0]->Report(Key(id, 1, 0), Killed(SIGKILL));
+  MakeReady(id, 2);
+  workers_[0]->Report(Key(id, 2, 0), Corrupt(2));
+  const v1::Job job = WaitFor(id, v1::JOB_STATE_FAILED);
+  EXPECT_EQ(job.status().restarts(), 1);
+  EXPECT_EQ(job.status().checkpoint_step(), 2);
 }
 
 // The WAL cannot grow: what was promised stays, what could not be written is refused, and the service goes on when there is room.

@@ -54,6 +54,23 @@ class StandInWork : public JobWork {
     std::lock_guard<std::mutex> lock(mutex_);
     deleted_.insert(sha256s.begin(), sha256s.end());
   }
+  absl::Status CheckBlobs(const std::vector<std::string>& sha256s) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!store_error_.ok()) return store_error_;
+    for (const std::string& sha256 : sha256s) {
+      if (damaged_.count(sha256) > 0) return absl::DataLossError(absl::StrCat(sha256, " is damaged"));
+    }
+    return absl::OkStatus();
+  }
+  // What lies damaged in the store from now on.
+  void set_damaged(std::set<std::string> sha256s) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    damaged_ = std::move(sha256s);
+  }
+  void set_store_error(absl::Status status) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    store_error_ = std::move(status);
+  }
   DiskRoom LookAtDisk() override {
     std::lock_guard<std::mutex> lock(mutex_);
     return room_;
@@ -77,6 +94,8 @@ class StandInWork : public JobWork {
   absl::Status prepare_error_;     // guarded by mutex_
   DiskRoom room_;                  // guarded by mutex_
   std::set<std::string> deleted_;  // guarded by mutex_
+  std::set<std::string> damaged_;  // guarded by mutex_
+  absl::Status store_error_;       // guarded by mutex_
 };
 
 class NoFiles : public WorkerFiles {
