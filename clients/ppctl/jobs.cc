@@ -269,8 +269,7 @@ Result Checkpoints(Context& context, const std::string& id) {
   if (context.PrintMessage(response)) return kOk;
   // Each was marked when it was written; only the newest mark still holds.
   int64_t best_step = -1;
-  for (const v1::CheckpointManifest& checkpoint : response.checkpoints())
-    best_step = checkpoint.best() && checkpoint.damage().empty() ? checkpoint.state().step() : best_step;
+  for (const v1::CheckpointManifest& checkpoint : response.checkpoints()) best_step = checkpoint.best() ? checkpoint.state().step() : best_step;
   std::vector<std::vector<std::string>> rows = {{"STEP", "EVAL_LOSS", "BEST", "SIZE", "CREATED", "STATE"}};
   for (const v1::CheckpointManifest& checkpoint : response.checkpoints()) {
     int64_t bytes = 0;
@@ -280,7 +279,11 @@ Result Checkpoints(Context& context, const std::string& id) {
                     checkpoint.state().step() == best_step ? "best" : "-", FormatBytes(bytes), Time(checkpoint.create_time()),
                     checkpoint.damage().empty() ? "good" : "damaged"});
   }
-  if (context.format == Format::kTable) context.out() << FormatTable(rows);
+  if (context.format != Format::kTable) return kOk;
+  context.out() << FormatTable(rows);
+  for (const v1::CheckpointManifest& checkpoint : response.checkpoints()) {
+    if (!checkpoint.damage().empty()) context.out() << "step " << checkpoint.state().step() << " cannot be used: " << checkpoint.damage() << "\n";
+  }
   return kOk;
 }
 

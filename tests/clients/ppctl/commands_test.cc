@@ -59,6 +59,22 @@ TEST_F(CommandsTest, UsageErrors) {
   EXPECT_THAT(err.str(), HasSubstr("HOST:PORT"));
 }
 
+TEST_F(CommandsTest, CheckpointsTellWhyOneCannotBeUsed) {
+  coordinator_.list = {MakeJob("job-1", v1::JOB_STATE_RUNNING)};
+  for (const int64_t step : {20, 40}) {
+    v1::CheckpointManifest& checkpoint = coordinator_.checkpoints.emplace_back();
+    checkpoint.mutable_state()->set_step(step);
+    checkpoint.set_best(true);
+    if (step == 40) checkpoint.set_damage("DATA/blobs/ab/abcd is damaged");
+  }
+  const Outcome table = Ppctl(coordinator_, {"checkpoints", "job-1"});
+  EXPECT_EQ(table.code, 0) << table.err;
+  EXPECT_THAT(table.out, testing::ContainsRegex("\n20 .* good"));
+  EXPECT_THAT(table.out, testing::ContainsRegex("\n40 .* best .* damaged\n"));
+  EXPECT_THAT(table.out, testing::EndsWith("\nstep 40 cannot be used: DATA/blobs/ab/abcd is damaged\n"));
+  EXPECT_EQ(Ppctl(coordinator_, {"checkpoints", "job-1", "-o", "name"}).out, "step:20\n");
+}
+
 TEST_F(CommandsTest, HelpHasExamplesForEachCommand) {
   std::ostringstream out, err;
   Terminal terminal{&out, &err};

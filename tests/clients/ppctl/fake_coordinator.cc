@@ -213,6 +213,12 @@ grpc::Status FakeCoordinator::CreateAdapter(grpc::ServerContext*, const v1::Crea
   return grpc::Status::OK;
 }
 
+grpc::Status FakeCoordinator::ListCheckpoints(grpc::ServerContext*, const v1::ListCheckpointsRequest*, v1::ListCheckpointsResponse* response) {
+  FAKE_ENTER("ListCheckpoints");
+  *response->mutable_checkpoints() = {checkpoints.begin(), checkpoints.end()};
+  return grpc::Status::OK;
+}
+
 grpc::Status FakeCoordinator::GetManifest(grpc::ServerContext*, const v1::GetManifestRequest*, v1::ArtifactManifest* response) {
   FAKE_ENTER("GetManifest");
   *response = manifest;

@@ -64,6 +64,7 @@ class FakeCoordinator : public v1::JobService::Service,
   std::function<void()> before_watch;
   std::vector<v1::LogLine> logs;
   v1::ArtifactManifest manifest;
+  std::vector<v1::CheckpointManifest> checkpoints;
   std::map<std::string, std::string> contents;  // what Download serves, by sha256
   std::vector<int64_t> download_offsets;
   int64_t cut_download_after = -1;
@@ -88,6 +89,7 @@ class FakeCoordinator : public v1::JobService::Service,
   grpc::Status CreateDataset(grpc::ServerContext*, const v1::CreateDatasetRequest* request, v1::Dataset* response) override;
   grpc::Status PreviewDataset(grpc::ServerContext*, const v1::PreviewDatasetRequest* request, v1::PreviewDatasetResponse* response) override;
   grpc::Status CreateAdapter(grpc::ServerContext*, const v1::CreateAdapterRequest* request, v1::ArtifactManifest* response) override;
+  grpc::Status ListCheckpoints(grpc::ServerContext*, const v1::ListCheckpointsRequest* request, v1::ListCheckpointsResponse* response) override;
   grpc::Status GetManifest(grpc::ServerContext*, const v1::GetManifestRequest* request, v1::ArtifactManifest* response) override;
   grpc::Status Download(grpc::ServerContext*, const v1::DownloadRequest* request, grpc::ServerWriter<v1::FileChunk>* writer) override;
   grpc::Status RegisterModel(grpc::ServerContext*, const v1::RegisterModelRequest* request, v1::Model* response) override;
