@@ -140,9 +140,11 @@ absl::Status Agent::Run() {
     leaving.clear();
   }
   link_->Wake(true);
-  std::unique_lock<std::mutex> lock(mutex_);
-  const absl::Status refusal = refusal_;
-  lock.unlock();
+  absl::Status refusal;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    refusal = refusal_;
+  }
   if (refusal.ok()) link_->Flush(absl::Seconds(2));
   link_.reset();
   return refusal;

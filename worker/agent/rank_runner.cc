@@ -111,28 +111,7 @@ void RankRunner::Run() {
     progress.join();
   }
   if (!status.ok() && !stopping_) {
-    const std::string cause = net::GetErrorInfo(status).reason;
-    if (cause == "CHECKPOINT_CORRUPT") {
-      v1::TrainerReport report = FailureReport(cause, "INFRASTRUCTURE", std::string(status.message()),
-                                               "the job goes on from an older checkpoint by itself; look after the coordinator's disk");
-      report.mutable_failure()->set_step(corrupt_step_);
-      Enqueue(std::move(report));
-    } else if (cause == "STORE_UNREADABLE") {
-      Enqueue(FailureReport(cause, "OPERATOR", std::string(status.message()), "mount the disk of the coordinator's --data_dir, then submit the job again"));
-    } else if (cause == kAdapterLost) {
-      Enqueue(FailureReport("STORE_UNREADABLE", "OPERATOR", std::string(status.message()),
-                            "look after the coordinator's disk, then upload the adapter again: submit the job with its folder as model.init_adapter"));
-    } else if (IsLostContent(status)) {
-      Enqueue(FailureReport("STORE_UNREADABLE", "OPERATOR", std::string(status.message()),
-                            "look after the coordinator's disk, then submit the job again: its training data is prepared anew"));
-    } else if (cause == "MODEL_INVALID") {
-      Enqueue(FailureReport("MODEL_INVALID", "USER", std::string(status.message()),
-                            "put the file back as it was, or register the model again under another name: ppctl models register NAME FOLDER"));
-    } else {
-      const bool disk = absl::IsResourceExhausted(status);
-      Enqueue(FailureReport(disk ? "DISK_FULL" : "COMM_ERROR", disk ? "OPERATOR" : "INFRASTRUCTURE", std::string(status.message()),
-                            disk ? "free space under the worker's --work_dir" : "see the worker's log"));
-    }
+    Enqueue(StartFailure(status));
     process_.Kill(SIGKILL);
   }
   if (process_.alive()) {
@@ -410,6 +389,30 @@ void RankRunner::RecordStats(const v1::StageStats& stats) {
   environment_.metrics->FollowStageTransport(key().job_id(), stage, "received", static_cast<double>(stats.received_bytes()));
   environment_.metrics->SetStageMemory(key().job_id(), stage, "resident_peak", static_cast<double>(stats.memory_bytes()));
   environment_.metrics->SetBubbleRatio(key().job_id(), stage, stats.bubble_ratio());
+}
+
+v1::TrainerReport RankRunner::StartFailure(const absl::Status& status) const {
+  const std::string cause = net::GetErrorInfo(status).reason, text(status.message());
+  if (cause == "CHECKPOINT_CORRUPT") {
+    v1::TrainerReport report =
+        FailureReport(cause, "INFRASTRUCTURE", text, "the job goes on from an older checkpoint by itself; look after the coordinator's disk");
+    report.mutable_failure()->set_step(corrupt_step_);
+    return report;
+  }
+  if (cause == "STORE_UNREADABLE") return FailureReport(cause, "OPERATOR", text, "mount the disk of the coordinator's --data_dir, then submit the job again");
+  if (cause == kAdapterLost) {
+    return FailureReport("STORE_UNREADABLE", "OPERATOR", text,
+                         "look after the coordinator's disk, then upload the adapter again: submit the job with its folder as model.init_adapter");
+  }
+  if (IsLostContent(status)) {
+    return FailureReport("STORE_UNREADABLE", "OPERATOR", text,
+                         "look after the coordinator's disk, then submit the job again: its training data is prepared anew");
+  }
+  if (cause == "MODEL_INVALID") {
+    return FailureReport(cause, "USER", text, "put the file back as it was, or register the model again under another name: ppctl models register NAME FOLDER");
+  }
+  if (absl::IsResourceExhausted(status)) return FailureReport("DISK_FULL", "OPERATOR", text, "free space under the worker's --work_dir");
+  return FailureReport("COMM_ERROR", "INFRASTRUCTURE", text, "see the worker's log");
 }
 
 v1::TrainerReport RankRunner::FailureReport(const std::string& code, const std::string& owner, const std::string& message, const std::string& remedy) const {

@@ -74,6 +74,8 @@ class RankRunner {
   void WatchProgress();
   void Enqueue(v1::TrainerReport report);
   void RecordStats(const v1::StageStats& stats);
+  // Why the rank did not begin.
+  v1::TrainerReport StartFailure(const absl::Status& status) const;
   v1::TrainerReport FailureReport(const std::string& code, const std::string& owner, const std::string& message, const std::string& remedy) const;
 
   const RankEnvironment& environment_;

@@ -37,20 +37,6 @@ constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
 constexpr int64_t kForeignBytes = int64_t{4} << 30;
 constexpr char kForeignRemedy[] = "end the other processes on that device, or give the worker devices of its own; the job tries again by itself";
 
-// Does something beside this thread, until it is asked to be done.
-class Aside {
- public:
-  template <typename Body>
-  explicit Aside(Body body) : thread_(std::move(body)) {}
-  ~Aside() { Join(); }
-  void Join() {
-    if (thread_.joinable()) thread_.join();
-  }
-
- private:
-  std::thread thread_;
-};
-
 // The first product loads cuBLAS and its kernels.
 void WarmUp(CudaRuntime& cuda) {
   const at::Tensor square = at::zeros({64, 64}, at::TensorOptions().device(at::kCUDA, 0).dtype(at::kBFloat16));
@@ -118,7 +104,7 @@ absl::Status ExplainMemory(const absl::Status& status, const TrainerConfig& conf
 
 absl::Status Work(const std::string& device, Control& control, std::unique_ptr<Trainer>& trainer) {
   const absl::StatusOr<UsedDevice> used = UseDevice(device);
-  Aside attention([cuda = used.ok() ? used->cuda : nullptr] {
+  std::jthread attention([cuda = used.ok() ? used->cuda : nullptr] {
     if (cuda == nullptr) return;
     // What goes wrong here goes wrong again, and is told, where it is needed.
     CatchTorch("", [&] {
@@ -141,7 +127,7 @@ absl::Status Work(const std::string& device, Control& control, std::unique_ptr<T
   trainer->FollowOrders(&control.trace_orders());
   const auto run = [&]() -> absl::Status {
     PPFT_RETURN_IF_ERROR(trainer->Load());
-    attention.Join();  // nothing that may make the device wait runs beside transfers
+    attention.join();  // nothing that may make the device wait runs beside transfers
     PPFT_ASSIGN_OR_RETURN(const std::vector<std::string> endpoints, control.AwaitPeers());
     PPFT_RETURN_IF_ERROR(trainer->Connect(std::move(listener), endpoints));
     return trainer->Run();

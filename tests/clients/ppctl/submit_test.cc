@@ -236,7 +236,7 @@ TEST_F(SubmitTest, PlanPrintsStages) {
   EXPECT_THAT(run.out, HasSubstr("activation checkpointing selective"));
   EXPECT_THAT(run.out, HasSubstr("RANK  STAGES  IN FLIGHT  WEIGHTS"));
   EXPECT_THAT(run.out, HasSubstr("0     0       2          1.5 GiB  0.0 MiB  320 MiB"));
-  EXPECT_THAT(run.out, HasSubstr("does not fit: needs 2 devices, 1 are there"));
+  EXPECT_THAT(run.out, HasSubstr("does not fit: needs 2 devices, 1 is there"));
 }
 
 TEST_F(SubmitTest, FollowEndsWithTheJob) {

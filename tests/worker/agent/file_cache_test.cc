@@ -74,7 +74,7 @@ TEST_F(FileCacheTest, ADamagedDownloadStartsOverAndIsNeverKept) {
   EXPECT_EQ(*ReadFile(*path), content);
   EXPECT_EQ(calls, 2);
   FileCache always_wrong(root_ + "/other", 1000, kDownloads,
-                         [&](const std::string&, int64_t, bool, const FileCache::Sink& sink) { return sink("XXXXXXXXXX"); });
+                         [&](const std::string&, int64_t, bool, const FileCache::Sink& sink) { return sink("0000000000"); });
   ASSERT_TRUE(always_wrong.Open("boot").ok());
   EXPECT_EQ(always_wrong.Fetch(Ref(content), root_ + "/rank", Always).status().code(), absl::StatusCode::kDataLoss);
 }

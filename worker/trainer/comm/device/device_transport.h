@@ -33,8 +33,8 @@ struct DeviceLink {
 struct DeviceTransportOptions {
   std::vector<DeviceLink> links;  // of this rank
   std::vector<int> group;         // ranks that hold the same stages, this one among them; a communicator of its own from two on
-  // A send waits on the device until so many before it but one have been received, so their memory is free. Receives are queued late, so it takes as many as
-  // there are stages in a row (pipeline_parallel_size + 1 is enough for every schedule: tests/common/pipeline/schedule_test).
+  // Messages of a channel that are held at once: before one more the device waits until the oldest has been received and its memory is free. As receives are
+  // queued late, pipeline_parallel_size + 1 are needed, and enough for every schedule (tests/common/pipeline/schedule_test).
   size_t sends_held = 3;
   absl::Duration init_timeout = absl::Seconds(60);
 };

@@ -173,7 +173,7 @@ __global__ void AddPartialSumsKernel(const float* partial, int parts, int column
 
 // Of shared memory.
 template <typename T>
-constexpr int kBlockBytes = kStages* static_cast<int>(sizeof(Tile<T>));
+constexpr int kBlockBytes = static_cast<int>(sizeof(Tile<T>)) * kStages;
 
 // As many as leave the fewest multiprocessors of an H200 idle at the end; of the shape alone, so that equal inputs give equal sums on every device.
 int RunsOf(int64_t rows, int64_t columns) {
