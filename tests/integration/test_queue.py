@@ -15,14 +15,16 @@ def spec_of(service, tiny, steps, **changes):
     return make_spec(tiny, service.dir / "train.jsonl", training={"max_steps": steps, "gradient_accumulation_steps": 2, "warmup_steps": 1}, **changes)
 
 
-def test_two_jobs_for_two_slots_queue_up_and_both_finish(service, tiny):
-    first = service.submit(spec_of(service, tiny, 400, name="first"))
-    second = service.submit(spec_of(service, tiny, 20, name="second"))
+def test_a_second_job_waits_for_the_slots_of_the_first_and_then_runs(service, tiny):
+    first = service.submit(spec_of(service, tiny, 50000, name="first"))
     wait_for("the first to run", lambda: service.state(first) == "RUNNING", every=0.02)
+    second = service.submit(spec_of(service, tiny, 20, name="second"))
+    wait_for("the second to wait", lambda: service.state(second) == "QUEUED", every=0.02)
     waiting = service.status(second)
-    assert waiting["state"] == "JOB_STATE_QUEUED" and int(waiting["queue_position"]) == 1
+    assert int(waiting["queue_position"]) == 1
     assert "device" in waiting["reason"]["message"]
-    service.finish(first)
+    service.ppctl("cancel", first)
+    service.finish(first, "CANCELLED")
     service.finish(second)
 
 
