@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -178,12 +179,17 @@ TEST_F(BlobStoreTest, DiskFullKeepsWhatCameAndGoesOn) {
 }
 
 TEST_F(BlobStoreTest, UploadThatCannotFitIsRefusedBeforeItBegins) {
+  struct statvfs disk;
+  ASSERT_EQ(statvfs(dir_.c_str(), &disk), 0);
   auto store = BlobStore::Open(dir_, int64_t{1} << 60);
   ASSERT_TRUE(store.ok());
-  const std::string sha = Sha256Hex("x");
-  EXPECT_TRUE((*store)->StartUpload(sha, sha, 1, 0).ok()) << "a reserve beyond the disk leaves most of it usable";
+  EXPECT_EQ((*store)->reserve_bytes(), static_cast<int64_t>(disk.f_blocks / 16 * disk.f_frsize)) << "a reserve beyond the disk leaves most of it usable";
+  // All that is free never fits beside a reserve; only where the disk has more free than a blob may hold does the largest blob fit.
   const int64_t all = std::min((*store)->FreeBytes(), kMaxBlobBytes);
-  EXPECT_EQ((*store)->StartUpload(sha, sha, all, 0).status().code(), absl::StatusCode::kResourceExhausted);
+  const bool fits = all <= (*store)->FreeBytes() - (*store)->reserve_bytes();
+  const std::string sha = Sha256Hex("x");
+  EXPECT_EQ((*store)->StartUpload(sha, sha, all, 0).status().code(), fits ? absl::StatusCode::kOk : absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(store_->StartUpload(sha, sha, 1, 0).ok()) << "nothing is left over from the upload that was refused";
 }
 
 TEST_F(BlobStoreTest, OwnFiles) {
