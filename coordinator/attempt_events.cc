@@ -23,7 +23,7 @@ void JobController::DecideStarts() {
     if (!model.ok()) return PlanAttempt{absl::nullopt, 0, std::string(model.status().message())};
     return plan_(record, **model, devices, kind);
   };
-  for (QueueDecision& decision : DecideQueue(queued, FreeDevices(), AllDevices(), plan, now_unix_ms())) {
+  for (QueueDecision& decision : DecideQueue(queued, FreeDevices(), AllDevices(), GpusAway(), plan, now_unix_ms())) {
     JobEntry& job = jobs_.at(decision.job_id);
     if (decision.plan.has_value()) {
       StartAttempt(job, *decision.plan, decision.reason);

@@ -172,7 +172,7 @@ absl::Status JobController::FlushJobs() {
 absl::Status JobController::FlushWorkers() {
   for (auto& [name, worker] : workers_) {
     if (!worker.row_changed) continue;
-    PPFT_RETURN_IF_ERROR(store_->PutWorker(WorkerRow{name, worker.shown.incarnation(), worker.acked_seq}));
+    PPFT_RETURN_IF_ERROR(store_->PutWorker(WorkerRow{name, worker.shown.incarnation(), worker.acked_seq, worker.num_gpus, worker.gpus_away_unix_ms}));
     worker.row_changed = false;
   }
   return absl::OkStatus();
@@ -237,6 +237,8 @@ absl::Status JobController::Load() {
     WorkerEntry& worker = EntryOf(row.name);
     worker.shown.set_incarnation(row.incarnation);
     worker.acked_seq = row.acked_seq;
+    worker.num_gpus = row.num_gpus;
+    worker.gpus_away_unix_ms = row.gpus_away_unix_ms;
   }
   PPFT_ASSIGN_OR_RETURN(std::vector<v1::JobRecord> records, store_->LoadJobs());
   for (v1::JobRecord& record : records) PPFT_RETURN_IF_ERROR(LoadJob(std::move(record)));

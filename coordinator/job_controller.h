@@ -48,6 +48,7 @@ struct ControllerOptions {
   std::string version;  // of the coordinator; workers of another one are refused. "": any may come
   absl::Duration heartbeat_interval = absl::Seconds(2);
   absl::Duration lease = absl::Seconds(15);
+  absl::Duration gpu_wait = absl::Hours(1);              // how long GPUs that are away keep jobs from CPU slots
   absl::Duration cause_grace = absl::Milliseconds(750);  // how long a broken link waits for its cause; the agents look twice a second
   absl::Duration work_retry_delay = absl::Seconds(5);    // before preparing or assembling again
   int max_prepares = 2;                                  // at once
@@ -85,6 +86,8 @@ class JobController : public Controller {
   void DeviceCounts(int* all, int* free) const;
   // Devices that count for "could this job ever run here": of workers that are not lost.
   std::vector<OfferedDevice> AllDevices() const;
+  // GPUs that the cluster does not have at the moment and that jobs wait for.
+  std::vector<AwayGpus> GpusAway() const;
   JobStore& store() { return *store_; }
   int64_t now_unix_ms() const { return absl::ToUnixMillis(options_.wall()); }
   // Calls `changed` after each commit that changed the job, its events or its logs.
@@ -154,6 +157,8 @@ class JobController : public Controller {
     std::set<Key> running;
     int64_t applied_revision = 0;
     int64_t acked_seq = 0;
+    int32_t num_gpus = 0;           // see WorkerRow
+    int64_t gpus_away_unix_ms = 0;  // see WorkerRow
     bool ack_due = false;
     bool directive_due = false;
     bool row_changed = false;
@@ -228,6 +233,7 @@ class JobController : public Controller {
   WorkerEntry& EntryOf(const std::string& name);
   WorkerEntry* ByLink(const std::shared_ptr<WorkerLink>& link);
   void TickWorkers();
+  void NoteGpus(WorkerEntry& worker);  // after its devices, problems or loss have changed, and as time goes by
   void LoseRanks(const WorkerEntry& worker, const std::string& why);
   std::set<std::string> Unreachable(const v1::Plan& plan) const;
   void SendDirectives();

@@ -51,8 +51,8 @@ absl::StatusOr<PlanRequest> JobPlanner::RequestFor(const v1::JobRecord& record, 
 }
 
 absl::StatusOr<PlanDraft> JobPlanner::Draft(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices,
-                                            double supervised_ratio) {
-  PPFT_ASSIGN_OR_RETURN(PlanRequest request, RequestFor(record, model, devices, KindFor(record, devices)));
+                                            bool gpus_away, double supervised_ratio) {
+  PPFT_ASSIGN_OR_RETURN(PlanRequest request, RequestFor(record, model, devices, KindFor(record, devices, gpus_away)));
   if (supervised_ratio > 0 && supervised_ratio < 1) request.supervised_ratio = supervised_ratio;
   return DraftPlan(request);
 }

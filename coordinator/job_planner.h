@@ -18,9 +18,9 @@ class JobPlanner {
  public:
   // On `devices` of `kind` (cuda | cpu).
   PlanAttempt Plan(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices, const std::string& kind);
-  // What PlanJob shows: on all devices of the cluster, those of the kind that the queue would take. Also for a job whose data is not prepared.
+  // What PlanJob shows: on all devices of the cluster, those of the kind that the queue would take (KindFor). Also for a job whose data is not prepared.
   // supervised_ratio: see PlanJobRequest.
-  absl::StatusOr<PlanDraft> Draft(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices,
+  absl::StatusOr<PlanDraft> Draft(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices, bool gpus_away,
                                   double supervised_ratio);
 
  private:

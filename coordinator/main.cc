@@ -6,11 +6,15 @@
 #include <cstdio>
 #include <filesystem>
 
+#include "absl/strings/str_cat.h"
+#include "absl/time/time.h"
 #include "common/base/logging.h"
 #include "common/base/stopping.h"
 #include "coordinator/coordinator.h"
 
 namespace {
+
+constexpr absl::Duration kMostGpuWait = absl::Hours(8760);
 
 std::string BesideThisBinary(const std::string& name) {
   std::error_code error;
@@ -36,6 +40,9 @@ int main(int argc, char** argv) {
   app.add_option("--listen", options.listen, "HOST:PORT of the service; port 0 = any")->capture_default_str();
   app.add_option("--metrics_listen", options.metrics_listen, "HOST:PORT of /metrics; port 0 = any")->capture_default_str();
   app.add_option("--model_root", options.model_roots, "folder under which model folders may be registered (repeatable)");
+  std::string gpu_wait = "1h";
+  app.add_option("--gpu_wait", gpu_wait, "how long jobs wait for GPUs of a lost worker before they take CPU slots, such as 30m; 0s = not at all")
+      ->capture_default_str();
   app.add_option("--prepare", options.prepare_binary, "the ppft-prepare binary; default: beside this one");
   app.add_option("--tls_cert", options.tls.certificate, "PEM certificate of the server; needed to listen beyond this host");
   app.add_option("--tls_key", options.tls.key, "PEM key of the server");
@@ -45,6 +52,11 @@ int main(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
+  }
+
+  if (!absl::ParseDuration(gpu_wait, &options.controller.gpu_wait) || options.controller.gpu_wait < absl::ZeroDuration() ||
+      options.controller.gpu_wait > kMostGpuWait) {
+    return Fail(absl::InvalidArgumentError(absl::StrCat("--gpu_wait ", gpu_wait, ": write a time with its unit from 0s to 8760h, such as 30m or 2h")));
   }
 
   // Blocked before any thread starts; this one waits for them.

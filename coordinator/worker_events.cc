@@ -46,6 +46,11 @@ absl::Status CheckVersion(const v1::WorkerHello& hello, const std::string& versi
   return status;
 }
 
+int32_t NumGpus(const v1::Worker& worker) {
+  return static_cast<int32_t>(
+      std::count_if(worker.devices().begin(), worker.devices().end(), [](const v1::Device& device) { return device.kind() == "cuda"; }));
+}
+
 absl::Status NameInUse(const v1::Worker& incumbent, absl::Duration lease) {
   const std::string& host = incumbent.host().hostname();
   absl::Status status = absl::AlreadyExistsError(
@@ -106,6 +111,7 @@ absl::Status JobController::OnHello(const std::shared_ptr<WorkerLink>& link, con
   worker.directive_due = true;
   worker.running.clear();
   for (const v1::RankKey& key : hello.running()) worker.running.insert({key.job_id(), key.epoch(), key.rank()});
+  NoteGpus(worker);
   queue_changed_ = true;
   LogInfo("worker ", hello.name(), known ? " is back" : " connected", " with ", hello.devices_size(), " devices at ", hello.address());
   v1::CoordinatorMessage message;
@@ -158,11 +164,48 @@ void JobController::TickWorkers() {
       LoseRanks(worker, absl::StrCat("did not answer for ", absl::ToInt64Seconds(age), " s"));
       LogWarning("worker ", name, " is lost: silent for ", absl::FormatDuration(absl::Trunc(age, absl::Seconds(1))));
     }
+    NoteGpus(worker);
     (worker.lost || worker.link == nullptr ? lost : ready) += 1;
     if (worker.link != nullptr) metrics_->SetWorkerHeartbeatAge(name, age);
   }
   metrics_->SetWorkers("ready", ready);
   metrics_->SetWorkers("lost", lost);
+}
+
+void JobController::NoteGpus(WorkerEntry& worker) {
+  const int32_t offered = NumGpus(worker.shown);
+  int32_t num = worker.num_gpus;
+  int64_t away_ms = worker.gpus_away_unix_ms;
+  const bool silent = worker.link == nullptr && worker.shown.devices().empty();  // not heard of since the coordinator's start
+  if (offered > 0 && !worker.lost) {
+    num = offered;
+    away_ms = 0;
+  } else if (!worker.lost && !silent && (!worker.shown.devices().empty() || worker.shown.problems().empty())) {
+    num = 0;  // it is a worker without GPUs now
+    away_ms = 0;
+  } else if (num > 0 && away_ms == 0 && (worker.lost || !silent)) {
+    away_ms = now_unix_ms();
+  }
+  if (num > 0 && away_ms > 0 && now_unix_ms() - away_ms >= absl::ToInt64Milliseconds(options_.gpu_wait)) {
+    LogInfo("worker ", worker.shown.name(), ": its GPUs are not waited for any more");
+    num = 0;
+    away_ms = 0;
+  }
+  if (num == worker.num_gpus && away_ms == worker.gpus_away_unix_ms) return;
+  worker.num_gpus = num;
+  worker.gpus_away_unix_ms = away_ms;
+  worker.row_changed = true;
+  queue_changed_ = true;
+}
+
+std::vector<AwayGpus> JobController::GpusAway() const {
+  std::vector<AwayGpus> away;
+  for (const auto& [name, worker] : workers_) {
+    if (worker.num_gpus == 0 || (!worker.lost && NumGpus(worker.shown) > 0)) continue;
+    const int64_t since = worker.gpus_away_unix_ms;
+    away.push_back({name, worker.num_gpus, since, since == 0 ? 0 : since + absl::ToInt64Milliseconds(options_.gpu_wait)});
+  }
+  return away;
 }
 
 void JobController::LoseRanks(const WorkerEntry& worker, const std::string& why) {

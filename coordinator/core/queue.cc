@@ -6,6 +6,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/time/time.h"
 #include "coordinator/core/job_state.h"
 #include "coordinator/core/retry.h"
 
@@ -51,10 +52,38 @@ std::string Free(const std::vector<OfferedDevice>& free, const std::vector<Offer
   return shown.empty() ? absl::StrCat(free.size(), " free") : absl::StrCat(free.size(), " of ", all.size(), " free");
 }
 
+std::string TimeText(int64_t unix_ms) { return absl::FormatTime("%Y-%m-%d %H:%M:%S UTC", absl::FromUnixMillis(unix_ms), absl::UTCTimeZone()); }
+
+// "; gpu-1 with 2 (since …) is away: jobs wait for it until … before they take CPU slots". `may_change`: the job may take them then.
+std::string AwayText(const std::vector<AwayGpus>& away, bool may_change) {
+  if (away.empty()) return "";
+  std::vector<std::string> workers;
+  int64_t until_ms = 0;
+  for (const AwayGpus& gpus : away) {
+    workers.push_back(
+        absl::StrCat(gpus.worker, " with ", gpus.count, gpus.since_unix_ms > 0 ? absl::StrCat(" (since ", TimeText(gpus.since_unix_ms), ")") : ""));
+    until_ms = std::max(until_ms, gpus.until_unix_ms);
+  }
+  const bool one = workers.size() == 1;
+  return absl::StrCat(
+      "; ", absl::StrJoin(workers, ", "), one ? " is away" : " are away",
+      may_change && until_ms > 0 ? absl::StrCat(": jobs wait for ", one ? "it" : "them", " until ", TimeText(until_ms), " before they take CPU slots") : "");
+}
+
+// What to do about a job that the devices of the cluster cannot take.
+std::string CapacityRemedy(bool too_few, const std::string& kind, const std::vector<AwayGpus>& away, bool may_change) {
+  std::string remedy = !too_few         ? "start larger workers, or change the job"
+                       : kind == "cuda" ? "start more workers with GPUs, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size"
+                                        : "start more workers, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size";
+  if (away.empty()) return remedy;
+  return absl::StrCat("bring ", away[0].worker, " back (ppctl workers list shows its state), ", remedy,
+                      may_change ? "; the coordinator's --gpu_wait says how long jobs wait for GPUs that are away" : "");
+}
+
 // Starts the job, or says why it waits: QUEUED if it could be laid on all devices, NO_CAPACITY if not even there. `free`, `all`: those of `kind`.
-// `shown`: ShownKind. `position`: of the one before it.
+// `shown`: ShownKind. `away`: of that kind. `position`: of the one before it.
 void Place(const v1::JobRecord& record, const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all, const std::string& kind,
-           const std::string& shown, const PlanFunction& plan, int position, QueueDecision& decision) {
+           const std::string& shown, const std::vector<AwayGpus>& away, const PlanFunction& plan, int position, QueueDecision& decision) {
   std::vector<std::string> excluded;  // of those that are there
   for (const std::string& worker : ExcludedWorkers(record.retry())) {
     if (std::any_of(all.begin(), all.end(), [&](const OfferedDevice& device) { return device.worker == worker; })) excluded.push_back(worker);
@@ -86,26 +115,25 @@ void Place(const v1::JobRecord& record, const std::vector<OfferedDevice>& free, 
   const int needed = std::max(later.devices_needed, 1);
   const bool too_few = needed > static_cast<int>(all.size());
   const bool as_before = shown == "cpu" || (all.empty() && RanOnCuda(record));  // another kind is not taken
-  decision.reason = MakeReason("NO_CAPACITY",
-                               too_few ? absl::StrCat("needs ", Devices(needed, shown), as_before ? " as before" : "", ", the cluster has ", all.size(),
-                                                      "; position ", decision.position)
-                                       : absl::StrCat(later.message, "; position ", decision.position),
-                               !too_few         ? "start larger workers, or change the job"
-                               : kind == "cuda" ? "start more workers with GPUs, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size"
-                                                : "start more workers, or lower parallel.pipeline_parallel_size or parallel.data_parallel_size");
+  const bool may_change = all.empty() && !as_before;
+  decision.reason = MakeReason(
+      "NO_CAPACITY",
+      absl::StrCat(too_few ? absl::StrCat("needs ", Devices(needed, shown), as_before ? " as before" : "", ", the cluster has ", all.size()) : later.message,
+                   AwayText(away, may_change), "; position ", decision.position),
+      CapacityRemedy(too_few, kind, away, may_change));
 }
 
 }  // namespace
 
-std::string KindFor(const v1::JobRecord& record, const std::vector<OfferedDevice>& all) {
+std::string KindFor(const v1::JobRecord& record, const std::vector<OfferedDevice>& all, bool gpus_away) {
   if (RanOnCuda(record)) return "cuda";
-  const bool ran_on_cpu = !record.plan().ranks().empty();
-  if (ran_on_cpu && !OfKind(all, "cpu").empty()) return "cpu";
-  return OfKind(all, "cuda").empty() ? "cpu" : "cuda";
+  const bool has_gpus = !OfKind(all, "cuda").empty(), ran_on_cpu = !record.plan().ranks().empty();
+  if (ran_on_cpu) return has_gpus && OfKind(all, "cpu").empty() ? "cuda" : "cpu";
+  return has_gpus || gpus_away ? "cuda" : "cpu";
 }
 
 std::vector<QueueDecision> DecideQueue(std::vector<const v1::JobRecord*> queued, std::vector<OfferedDevice> free, const std::vector<OfferedDevice>& all,
-                                       const PlanFunction& plan, int64_t now_unix_ms) {
+                                       const std::vector<AwayGpus>& away, const PlanFunction& plan, int64_t now_unix_ms) {
   std::stable_sort(queued.begin(), queued.end(), [](const v1::JobRecord* a, const v1::JobRecord* b) {
     return std::make_pair(-a->job().spec().priority(), a->submit_order()) < std::make_pair(-b->job().spec().priority(), b->submit_order());
   });
@@ -115,7 +143,7 @@ std::vector<QueueDecision> DecideQueue(std::vector<const v1::JobRecord*> queued,
   for (const v1::JobRecord* record : queued) {
     QueueDecision decision;
     decision.job_id = record->job().id();
-    const std::string kind = KindFor(*record, all), shown = ShownKind(kind, all);
+    const std::string kind = KindFor(*record, all, !away.empty()), shown = ShownKind(kind, all);
     const std::vector<OfferedDevice> free_of_kind = OfKind(free, kind), all_of_kind = OfKind(all, kind);
     const int64_t wait_ms = record->retry().not_before_unix_ms() - now_unix_ms;
     if (wait_ms > 0) {
@@ -126,7 +154,7 @@ std::vector<QueueDecision> DecideQueue(std::vector<const v1::JobRecord*> queued,
       decision.reason =
           MakeReason("QUEUED", absl::StrCat("waits behind ", head, "; ", Devices(static_cast<int>(free_of_kind.size()), shown), " free; position ", position));
     } else {
-      Place(*record, free_of_kind, all_of_kind, kind, shown, plan, position, decision);
+      Place(*record, free_of_kind, all_of_kind, kind, shown, kind == "cuda" ? away : std::vector<AwayGpus>(), plan, position, decision);
       if (decision.plan.has_value()) {
         TakeDevices(*decision.plan, free);
       } else {

@@ -79,14 +79,15 @@ grpc::ServerUnaryReactor* JobServiceImpl::PlanJob(grpc::CallbackServerContext* c
     struct Ground {
       v1::ModelRecord model;
       std::vector<OfferedDevice> devices;
+      bool gpus_away;
     };
     PPFT_ASSIGN_OR_RETURN(const Ground ground, controller_->Run([this, request](JobStore&) -> absl::StatusOr<Ground> {
       PPFT_ASSIGN_OR_RETURN(const v1::ModelRecord* model, controller_->Model(request->spec().model().base_model()));
-      return Ground{*model, controller_->AllDevices()};
+      return Ground{*model, controller_->AllDevices(), !controller_->GpusAway().empty()};
     }));
     v1::JobRecord record;
     *record.mutable_job()->mutable_spec() = request->spec();
-    PPFT_ASSIGN_OR_RETURN(PlanDraft draft, JobPlanner().Draft(record, ground.model, ground.devices, request->supervised_ratio()));
+    PPFT_ASSIGN_OR_RETURN(PlanDraft draft, JobPlanner().Draft(record, ground.model, ground.devices, ground.gpus_away, request->supervised_ratio()));
     *response->mutable_plan() = std::move(draft.plan);
     response->set_fits(draft.fit.ok());
     response->set_reason(draft.fit.ok() ? "" : std::string(draft.fit.message()));

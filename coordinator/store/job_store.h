@@ -26,7 +26,9 @@ namespace ppft::coordinator {
 struct WorkerRow {
   std::string name;
   std::string incarnation;
-  int64_t acked_seq = 0;  // reports of this incarnation that are committed
+  int64_t acked_seq = 0;          // reports of this incarnation that are committed
+  int32_t num_gpus = 0;           // that it offered last; 0 once nobody waits for them any more
+  int64_t gpus_away_unix_ms = 0;  // since when it does not offer them; 0 = it does, as far as is known
 };
 
 // A content-addressed file that lies complete and synced on disk.

@@ -125,6 +125,10 @@ CREATE TABLE artifacts (
   PRIMARY KEY (id, type)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX artifacts_by_job ON artifacts (job_id);
+)sql",
+                                                                     R"sql(
+ALTER TABLE workers ADD COLUMN num_gpus INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE workers ADD COLUMN gpus_away_ms INTEGER NOT NULL DEFAULT 0;
 )sql"};
   return *migrations;
 }

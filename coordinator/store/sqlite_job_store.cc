@@ -176,20 +176,22 @@ absl::Status SqliteJobStore::DeleteMetricsAfter(const std::string& job_id, int64
 }
 
 absl::Status SqliteJobStore::PutWorker(const WorkerRow& worker) {
-  return db_->Prepare("INSERT OR REPLACE INTO workers (name, incarnation, acked_seq) VALUES (?, ?, ?)")
+  return db_->Prepare("INSERT OR REPLACE INTO workers (name, incarnation, acked_seq, num_gpus, gpus_away_ms) VALUES (?, ?, ?, ?, ?)")
       .Bind(worker.name)
       .Bind(worker.incarnation)
       .Bind(worker.acked_seq)
+      .Bind(worker.num_gpus)
+      .Bind(worker.gpus_away_unix_ms)
       .Run();
 }
 
 absl::StatusOr<std::vector<WorkerRow>> SqliteJobStore::LoadWorkers() {
-  Query query = db_->Prepare("SELECT name, incarnation, acked_seq FROM workers ORDER BY name");
+  Query query = db_->Prepare("SELECT name, incarnation, acked_seq, num_gpus, gpus_away_ms FROM workers ORDER BY name");
   std::vector<WorkerRow> rows;
   while (true) {
     PPFT_ASSIGN_OR_RETURN(const bool row, query.Step());
     if (!row) return rows;
-    rows.push_back(WorkerRow{query.Text(0), query.Text(1), query.Int(2)});
+    rows.push_back(WorkerRow{query.Text(0), query.Text(1), query.Int(2), static_cast<int32_t>(query.Int(3)), query.Int(4)});
   }
 }
 

@@ -74,7 +74,7 @@ TEST_P(Queue, Decides) {
   std::map<std::string, std::string> reasons;
   std::set<std::pair<std::string, std::string>> taken;
   int position = 0;
-  for (const QueueDecision& decision : DecideQueue(queued, Devices(c.total - c.free, c.free), Devices(0, c.total), TakeAsAsked, 1000)) {
+  for (const QueueDecision& decision : DecideQueue(queued, Devices(c.total - c.free, c.free), Devices(0, c.total), {}, TakeAsAsked, 1000)) {
     if (!decision.plan.has_value()) {
       reasons[decision.job_id] = absl::StrCat(decision.reason.code(), " ", decision.reason.message());
       EXPECT_EQ(decision.position, ++position);
@@ -121,7 +121,7 @@ QueueDecision WithExcluded(const std::vector<std::string>& free, int devices) {
   record.mutable_job()->mutable_spec()->mutable_parallel()->set_pipeline_parallel_size(devices);
   (*record.mutable_retry()->mutable_failures_by_worker())["b"] = 2;
   (*record.mutable_retry()->mutable_failures_by_worker())["c"] = 1;
-  return DecideQueue({&record}, offer(free), offer({"a", "b", "c"}), TakeAsAsked, 1000).at(0);
+  return DecideQueue({&record}, offer(free), offer({"a", "b", "c"}), {}, TakeAsAsked, 1000).at(0);
 }
 
 TEST(ExcludedWorker, IsLeftOutWhileOthersCanTakeTheJob) {
@@ -155,11 +155,11 @@ class Kinds : public testing::Test {
     return record;
   }
   // What is decided: "cuda:0 cuda:1" or "CODE message".
-  std::vector<std::string> Decide(const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all) {
+  std::vector<std::string> Decide(const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all, const std::vector<AwayGpus>& away = {}) {
     std::vector<const v1::JobRecord*> queued;
     for (const auto& record : records_) queued.push_back(record.get());
     std::vector<std::string> out;
-    for (const QueueDecision& decision : DecideQueue(queued, free, all, TakeAsAsked, 0)) {
+    for (const QueueDecision& decision : DecideQueue(queued, free, all, away, TakeAsAsked, 0)) {
       std::string& text = out.emplace_back();
       if (!decision.plan.has_value()) text = absl::StrCat(decision.reason.code(), " ", decision.reason.message());
       for (int i = 0; decision.plan.has_value() && i < decision.plan->ranks_size(); ++i) {
@@ -209,6 +209,31 @@ TEST_F(Kinds, WhatRanOnCpusIsNotStrandedByAGpuThatIsTooSmallForIt) {
   EXPECT_THAT(Decide(Both(Devices(0, 2), gpus_), all_), ElementsAre("QUEUED waits for 3 cpu devices, 2 of 4 free; position 1"));
   const std::vector<OfferedDevice> fewer = Both(Devices(0, 2), gpus_);
   EXPECT_THAT(Decide(fewer, fewer), ElementsAre("NO_CAPACITY needs 3 cpu devices as before, the cluster has 2; position 1"));
+}
+
+// 2026-11-23 12:00:00 UTC and an hour later.
+constexpr int64_t kNoon = 1795435200000, kOne = kNoon + 3600000;
+
+TEST_F(Kinds, AJobThatNeverRanWaitsForGpusThatAreAwayAndSaysSo) {
+  Job("a", 1);
+  EXPECT_THAT(Decide(cpus_, cpus_, {{"gpu-1", 2, kNoon, kOne}}),
+              ElementsAre("NO_CAPACITY needs 1 cuda device, the cluster has 0; gpu-1 with 2 (since 2026-11-23 12:00:00 UTC) is away: jobs wait for it until "
+                          "2026-11-23 13:00:00 UTC before they take CPU slots; position 1"));
+  EXPECT_THAT(Decide(cpus_, cpus_, {{"gpu-1", 2, 0, 0}}), ElementsAre("NO_CAPACITY needs 1 cuda device, the cluster has 0; gpu-1 with 2 is away; position 1"));
+  EXPECT_THAT(Decide(cpus_, cpus_, {{"g", 1, kNoon, kNoon + 1000}, {"h", 4, kNoon, kOne}})[0],
+              testing::HasSubstr("are away: jobs wait for them until 2026-11-23 13:00:00 UTC"));
+  const v1::Reason reason = DecideQueue({records_[0].get()}, cpus_, cpus_, {{"gpu-1", 2, kNoon, kOne}}, TakeAsAsked, 0).at(0).reason;
+  EXPECT_THAT(reason.remedy(), testing::HasSubstr("bring gpu-1 back"));
+  EXPECT_THAT(reason.remedy(), testing::HasSubstr("--gpu_wait"));
+}
+
+TEST_F(Kinds, GpusThatAreAwayHoldNobodyUpWhoCanRun) {
+  Job("a", 3), Job("b", 2), Job("c", 1).mutable_plan()->add_ranks()->set_device("cpu:1");
+  const std::vector<AwayGpus> away = {{"gpu-1", 2, kNoon, kOne}};
+  EXPECT_THAT(Decide(all_, all_, away), ElementsAre("NO_CAPACITY needs 3 cuda devices, the cluster has 2; gpu-1 with 2 (since 2026-11-23 12:00:00 UTC) is "
+                                                    "away; position 1",
+                                                    "cuda:0 cuda:1", "cpu:0"));
+  EXPECT_THAT(Decide({}, {}, away)[2], "NO_CAPACITY needs 1 device, the cluster has 0; position 3") << "what ran on CPU slots waits for them";
 }
 
 TEST_F(Kinds, AnExcludedWorkersGpuIsUsedAgainRatherThanACpu) {

@@ -55,11 +55,11 @@ TEST(JobPlannerTest, DraftAndPlanTakeTheSameKind) {
     v1::JobRecord record = Record();
     record.mutable_job()->mutable_spec()->mutable_training()->set_micro_batch_size(rows);
     const std::vector<OfferedDevice> all = {Device("cpu"), Device("cuda", int64_t{4} << 30)};
-    const absl::StatusOr<PlanDraft> draft = JobPlanner().Draft(record, model, all, 1);
+    const absl::StatusOr<PlanDraft> draft = JobPlanner().Draft(record, model, all, /*gpus_away=*/false, 1);
     ASSERT_TRUE(draft.ok()) << draft.status();
     EXPECT_EQ(draft->plan.compute(), "bf16");
     JobPlanner planner;
-    const PlanAttempt attempt = planner.Plan(record, model, all, KindFor(record, all));
+    const PlanAttempt attempt = planner.Plan(record, model, all, KindFor(record, all, /*gpus_away=*/false));
     EXPECT_EQ(attempt.plan.has_value(), draft->fit.ok());
     EXPECT_EQ(attempt.plan.has_value(), rows == 1) << attempt.message;
     EXPECT_EQ(attempt.message, draft->fit.message());
@@ -68,6 +68,14 @@ TEST(JobPlannerTest, DraftAndPlanTakeTheSameKind) {
       EXPECT_TRUE(planner.Plan(record, model, all, "cpu").plan.has_value()) << "the refusal of one kind is not that of the other";
     }
   }
+}
+
+TEST(JobPlannerTest, GpusThatAreAwayArePlannedFor) {
+  const absl::StatusOr<PlanDraft> draft = JobPlanner().Draft(Record(), Model(), {Device("cpu")}, /*gpus_away=*/true, 1);
+  ASSERT_TRUE(draft.ok()) << draft.status();
+  EXPECT_EQ(draft->plan.compute(), "bf16");
+  EXPECT_FALSE(draft->fit.ok());
+  EXPECT_EQ(draft->devices_present, 0);
 }
 
 }  // namespace

@@ -3,8 +3,10 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 
+#include <atomic>
 #include <csignal>
 
+#include "absl/strings/match.h"
 #include "absl/time/clock.h"
 #include "common/net/status.h"
 #include "tests/coordinator/service/fake_worker.h"
@@ -264,11 +266,80 @@ TEST_F(JobLifeTest, WhereThereAreGpusAJobWaitsForThemWhileCpusAreFree) {
   const v1::Job waits = WaitUntil(first, [](const v1::Job& job) {
     return job.status().reason().code() == "NO_CAPACITY" || (job.status().restarts() > 0 && job.status().state() == v1::JOB_STATE_STARTING);
   });
-  EXPECT_EQ(waits.status().reason().message(), "needs 1 cuda device as before, the cluster has 0; position 1");
+  EXPECT_THAT(waits.status().reason().message(), HasSubstr("needs 1 cuda device as before, the cluster has 0; gpu with 1 (since "));
   EXPECT_EQ(waits.status().state(), v1::JOB_STATE_QUEUED);
   workers_[0] = std::make_unique<FakeWorker>(address_, "gpu", "second", 1, "", "cuda");
   EXPECT_EQ(workers_[0]->WaitForRank(0, 2).rank().job_id(), first);
   EXPECT_TRUE(cpu.WaitForNothing());
+}
+
+// A cluster with CPU slots whose only GPU worker drops out before the job comes.
+class GpuDropsOutTest : public JobLifeTest {
+ protected:
+  void BeginWithoutGpu() {
+    options_.lease = absl::Milliseconds(800);
+    options_.wall = [this] { return absl::Now() + absl::Seconds(later_seconds_.load()); };
+    Up();
+    Register();
+    workers_.push_back(std::make_unique<FakeWorker>(address_, "cpu", "first", 2));
+    ASSERT_TRUE(workers_[0]->WaitForWelcome());
+    workers_.push_back(std::make_unique<FakeWorker>(address_, "gpu", "first", 1, "", "cuda"));
+    ASSERT_TRUE(workers_[1]->WaitForWelcome());
+    workers_.pop_back();
+    id_ = Submit(Spec(1));
+    const v1::Job waits = WaitUntilDecided();
+    EXPECT_THAT(waits.status().reason().message(), AllOf(HasSubstr("needs 1 cuda device, the cluster has 0; gpu with 1 (since "), HasSubstr("CPU slots")));
+    EXPECT_EQ(waits.status().state(), v1::JOB_STATE_QUEUED);
+  }
+  // Until the worker is lost and the queue has been gone through without it.
+  v1::Job WaitUntilDecided() {
+    return WaitUntil(id_, [](const v1::Job& job) {
+      return job.status().state() == v1::JOB_STATE_STARTING || absl::StrContains(job.status().reason().message(), "the cluster has 0; gpu with 1 (since");
+    });
+  }
+  void ComeBack(const std::string& kind, int devices = 1, const std::string& problem = "") {
+    workers_.resize(1);
+    workers_.push_back(std::make_unique<FakeWorker>(address_, "gpu", "second", devices, problem, kind));
+    ASSERT_TRUE(workers_[1]->WaitForWelcome());
+  }
+  std::string RunsOn() { return WaitFor(id_, v1::JOB_STATE_STARTING).status().assignment(0).worker(); }
+
+  std::string id_;
+  std::atomic<int64_t> later_seconds_ = 0;
+};
+
+TEST_F(GpuDropsOutTest, TheJobWaitsForItAlsoOverTheCoordinatorsRestart) {
+  BeginWithoutGpu();
+  Down();
+  Up();
+  workers_[0]->Connect(address_);
+  ASSERT_TRUE(workers_[0]->WaitForWelcome());
+  controller_->Run([](JobStore&) { return absl::OkStatus(); }).IgnoreError();  // a whole batch with the CPU slots
+  EXPECT_EQ(WaitUntilDecided().status().state(), v1::JOB_STATE_QUEUED);
+  ComeBack("cuda");
+  EXPECT_EQ(RunsOn(), "gpu");
+}
+
+TEST_F(GpuDropsOutTest, TheStatedTimeEnds) {
+  BeginWithoutGpu();
+  later_seconds_ = 3601;
+  EXPECT_EQ(RunsOn(), "cpu");
+}
+
+TEST_F(GpuDropsOutTest, AWorkerThatIsWithoutGpusNowIsNotWaitedFor) {
+  BeginWithoutGpu();
+  ComeBack("cpu");
+  EXPECT_EQ(RunsOn(), "cpu");
+}
+
+TEST_F(GpuDropsOutTest, AHostWhoseDriverIsNotThereYetIsWaitedFor) {
+  BeginWithoutGpu();
+  ComeBack("cuda", 0, "no driver");
+  controller_->Run([](JobStore&) { return absl::OkStatus(); }).IgnoreError();
+  EXPECT_EQ(Get(id_).status().state(), v1::JOB_STATE_QUEUED);
+  workers_.resize(1);
+  ComeBack("cuda");
+  EXPECT_EQ(RunsOn(), "gpu");
 }
 
 TEST_F(JobLifeTest, ARestartedCoordinatorAdoptsWhatRuns) {

@@ -266,6 +266,42 @@ TEST_F(StoreTest, DatasetsModelsAndArtifacts) {
   EXPECT_EQ(store_->ListArtifacts("job-a")->size(), 1u);
 }
 
+TEST_F(StoreTest, WorkersComeBackWithTheirGpus) {
+  ASSERT_TRUE(Write([&]() -> absl::Status {
+                EXPECT_TRUE(store_->PutWorker(WorkerRow{"a", "first", 7, 2, 1795435200000}).ok());
+                EXPECT_TRUE(store_->PutWorker(WorkerRow{"b", "first", 8, 1, 5}).ok());
+                return store_->PutWorker(WorkerRow{"b", "second", 0, 0, 0});
+              }).ok());
+  Open();
+  const std::vector<WorkerRow> workers = *store_->LoadWorkers();
+  ASSERT_EQ(workers.size(), 2u);
+  EXPECT_EQ(workers[0].incarnation, "first");
+  EXPECT_EQ(workers[0].acked_seq, 7);
+  EXPECT_EQ(workers[0].num_gpus, 2);
+  EXPECT_EQ(workers[0].gpus_away_unix_ms, 1795435200000);
+  EXPECT_EQ(workers[1].incarnation, "second");
+  EXPECT_EQ(workers[1].num_gpus, 0);
+  EXPECT_EQ(workers[1].gpus_away_unix_ms, 0);
+}
+
+TEST(Migrate, AWorkerOfTheFirstFormatIsKept) {
+  char path[] = "/tmp/ppft-migrate-XXXXXX";
+  const std::string dir = mkdtemp(path);
+  {
+    auto db = Database::Open(dir + "/ppft.db", dir);
+    ASSERT_TRUE(db.ok()) << db.status();
+    ASSERT_TRUE(Migrate(**db, {Migrations()[0]}).ok());
+    ASSERT_TRUE((*db)->Execute("INSERT INTO workers VALUES ('a', 'first', 7)").ok());
+  }
+  auto store = OpenSqliteJobStore(dir);
+  ASSERT_TRUE(store.ok()) << store.status();
+  const std::vector<WorkerRow> workers = *(*store)->LoadWorkers();
+  ASSERT_EQ(workers.size(), 1u);
+  EXPECT_EQ(workers[0].acked_seq, 7);
+  EXPECT_EQ(workers[0].num_gpus, 0);
+  RemoveAll(dir).IgnoreError();
+}
+
 TEST_F(StoreTest, StartNumbersGrowOverRestarts) {
   const int64_t first = *store_->NextStart();
   Open();
