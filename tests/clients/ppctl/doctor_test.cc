@@ -5,7 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/match.h"
-#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "tests/clients/ppctl/fake_coordinator.h"
 
 namespace ppft::ctl {
@@ -22,7 +22,7 @@ class DoctorTest : public ::testing::Test {
     status.set_version(Version());
     status.set_data_dir("/data");
     status.set_data_bytes_free(int64_t{100} << 30);
-    status.mutable_time()->set_seconds(absl::ToUnixSeconds(absl::Now()));
+    coordinator_.clock_ahead = absl::ZeroDuration();
     coordinator_.workers = {Worker("worker-0", "host-a"), Worker("worker-1", "host-b")};
     coordinator_.files.set_num_models(2);
     coordinator_.files.set_num_datasets(3);
@@ -126,9 +126,9 @@ TEST_F(DoctorTest, TheCoordinatorInTrouble) {
   coordinator_.status.set_data_bytes_free(1000);
   Expect("fail", ": 0.0 GiB free for /data", "make room", 1);
   coordinator_.status.set_data_bytes_free(int64_t{100} << 30);
-  coordinator_.status.mutable_time()->set_seconds(absl::ToUnixSeconds(absl::Now()) + 3600);
+  coordinator_.clock_ahead = absl::Hours(1);
   Expect("warn", "the coordinator's clock differs", "time server", 0);
-  coordinator_.status.clear_time();
+  coordinator_.clock_ahead.reset();
   v1::FileProblem* problem = coordinator_.files.add_problems();
   problem->set_owner("model tiny");
   problem->set_message("/models/tiny/model.safetensors is shorter than it was");

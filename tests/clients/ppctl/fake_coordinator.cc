@@ -7,6 +7,8 @@
 #include <fstream>
 #include <iterator>
 
+#include "absl/time/clock.h"
+#include "common/base/proto_time.h"
 #include "common/base/sha256.h"
 #include "common/net/channel.h"
 
@@ -269,6 +271,7 @@ grpc::Status FakeCoordinator::GetStatus(grpc::ServerContext* context, const v1::
   authorization = shown == context->client_metadata().end() ? "" : std::string(shown->second.data(), shown->second.size());
   FAKE_ENTER("GetStatus");
   *response = status;
+  if (clock_ahead.has_value()) SetTime(absl::Now() + *clock_ahead, response->mutable_time());
   return grpc::Status::OK;
 }
 

@@ -8,10 +8,12 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "absl/time/time.h"
 #include "clients/ppctl/cli.h"
 #include "ppft/v1/artifact.grpc.pb.h"
 #include "ppft/v1/blob.grpc.pb.h"
@@ -74,7 +76,8 @@ class FakeCoordinator : public v1::JobService::Service,
   std::vector<v1::Worker> workers;
   v1::CheckFilesResponse files;
   std::vector<v1::MetricRow> rows;
-  std::string authorization;  // of the last GetStatus
+  std::string authorization;                  // of the last GetStatus
+  std::optional<absl::Duration> clock_ahead;  // of this host's, told by GetStatus; nothing: it tells no time
 
   grpc::Status ValidateJob(grpc::ServerContext*, const v1::ValidateJobRequest* request, v1::ValidateJobResponse* response) override;
   grpc::Status PlanJob(grpc::ServerContext*, const v1::PlanJobRequest* request, v1::PlanJobResponse* response) override;
