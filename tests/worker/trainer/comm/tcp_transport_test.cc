@@ -38,8 +38,8 @@ TcpOptions OptionsOf(int rank, int size) {
   options.epoch = 7;
   options.rank = rank;
   options.size = size;
-  options.stall_timeout = absl::Seconds(20);
-  options.connect_timeout = absl::Seconds(20);
+  options.stall_timeout = absl::Seconds(120);  // for hangs, not for speed
+  options.connect_timeout = absl::Seconds(120);
   return options;
 }
 
@@ -267,7 +267,7 @@ TEST(TcpTransport, AWrongEpochOrJobIsRefusedWithTheReason) {
     Gang gang(2);
     const auto statuses = gang.Run([](Transport& transport) { return absl::OkStatus(); },
                                    [&](TcpOptions& options) {
-                                     options.connect_timeout = absl::Seconds(1);
+                                     if (options.rank == 0) options.connect_timeout = absl::Seconds(4);  // in vain; rank 1 is answered at once
                                      if (options.rank == 1 && wrong_epoch) options.epoch = 6;
                                      if (options.rank == 1 && !wrong_epoch) options.job_id = "job-other";
                                    });
@@ -283,10 +283,10 @@ absl::Status StatusAfter(const std::string& bytes) {
   TcpListener listener = *TcpListener::Open("127.0.0.1");
   const std::string address = listener.address();
   std::thread peer([&] {
-    Fd stranger = *Dial(address, absl::Now() + absl::Seconds(5));  // says nothing sensible and is ignored
+    Fd stranger = *Dial(address, absl::Now() + absl::Seconds(120));  // says nothing sensible and is ignored
     const std::string noise = "GET / HTTP/1.0\r\n\r\n";
     EXPECT_TRUE(WriteExactly(stranger.get(), noise.data(), static_cast<int64_t>(noise.size()), absl::InfiniteFuture()).ok());
-    Fd fd = *Dial(address, absl::Now() + absl::Seconds(5));
+    Fd fd = *Dial(address, absl::Now() + absl::Seconds(120));
     const std::string out = EncodeHello({"job-test", 7, 1, 0, Channel::kActivations}) + bytes;
     EXPECT_TRUE(WriteExactly(fd.get(), out.data(), static_cast<int64_t>(out.size()), absl::InfiniteFuture()).ok());
     char byte;
