@@ -21,8 +21,8 @@ constexpr char kTwoDevices[] = R"({"devices":[{"index":0,"name":"NVIDIA H200","u
 class CudaDevicesTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    char name[] = "/tmp/ppft-cuda-devices-XXXXXX";
-    folder_ = mkdtemp(name);
+    folder_ = ::testing::TempDir() + "ppft-cuda-devices-XXXXXX";
+    ASSERT_NE(mkdtemp(folder_.data()), nullptr) << folder_;
     unsetenv("PPFT_TORCH_ROOT");
   }
   void TearDown() override { ASSERT_TRUE(RemoveAll(folder_).ok()); }

@@ -19,8 +19,8 @@ using ::testing::IsEmpty;
 class OfferTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    char name[] = "/tmp/ppft-offer-XXXXXX";
-    folder_ = mkdtemp(name);
+    folder_ = ::testing::TempDir() + "ppft-offer-XXXXXX";
+    ASSERT_NE(mkdtemp(folder_.data()), nullptr) << folder_;
     unsetenv("PPFT_TORCH_ROOT");
   }
   void TearDown() override { ASSERT_TRUE(RemoveAll(folder_).ok()); }
