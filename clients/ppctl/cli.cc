@@ -5,6 +5,7 @@
 #include <functional>
 #include <map>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
@@ -38,14 +39,15 @@ class Cli {
         "  ppctl models register llama /models/llama-3.2-1b\n"
         "  ppctl submit job.yaml --follow\n"
         "  ppctl fetch job-k3x9a2b7 -o final_model\n\n"
-        "Exit codes: 0 ok, 1 failure, 2 wrong usage or input, 3 not found, 4 not allowed, 5 coordinator unavailable, 6 deadline, 7 precondition or conflict, 8 "
-        "the job failed.\n"
+        "Exit codes: 0 ok, 1 failure, 2 wrong usage or input, 3 not found, 4 not allowed, 5 coordinator unavailable, 6 deadline, 7 precondition or conflict, "
+        "8 the job failed, 130 interrupted.\n"
         "Data goes to standard output, messages and progress to standard error.");
     app_.add_option("--server", context_.server, "Coordinator, HOST:PORT")->envname("PPCTL_SERVER")->capture_default_str();
     app_.add_option("--tls-ca", context_.tls.ca, "PEM authority of the coordinator's certificate")->envname("PPCTL_TLS_CA");
     app_.add_option("--tls-cert", context_.tls.certificate, "PEM certificate to show to it")->envname("PPCTL_TLS_CERT");
     app_.add_option("--tls-key", context_.tls.key, "PEM key of that certificate")->envname("PPCTL_TLS_KEY");
-    app_.add_option("--token-file", context_.token_file, "File with the token to show to it")->envname("PPCTL_TOKEN_FILE");
+    app_.add_option("--token-file", context_.token_file, "File with a bearer token, for a proxy before the coordinator; the coordinator itself reads none")
+        ->envname("PPCTL_TOKEN_FILE");
     app_.add_option("--context", context_.context_name, "Settings of that name in the config file (ppctl config list); default: the current ones")
         ->envname("PPCTL_CONTEXT");
     app_.add_option("--timeout", timeout_, "How long to wait for the coordinator: 30s, 5m")->envname("PPCTL_TIMEOUT")->capture_default_str();
@@ -104,7 +106,8 @@ class Cli {
     static const auto* const formats =
         new std::map<std::string, Format>{{"table", Format::kTable}, {"json", Format::kJson}, {"yaml", Format::kYaml}, {"name", Format::kName}};
     const auto format = formats->find(output_);
-    if (format == formats->end()) return absl::InvalidArgumentError(absl::StrCat("--output ", output_, " is not known: use table, json, yaml or name"));
+    if (format == formats->end())
+      return absl::InvalidArgumentError(absl::StrCat("--output ", output_, " is not known", spec::UseOneOf(output_, {"table", "json", "yaml", "name"})));
     context_.format = format->second;
     context_.timeout_given = app_.get_option("--timeout")->count() > 0;
     if (!absl::ParseDuration(timeout_, &context_.timeout) || context_.timeout <= absl::ZeroDuration() || context_.timeout > absl::Hours(24)) {
@@ -120,6 +123,7 @@ class Cli {
     std::vector<std::string> names;
     for (const CLI::App* command : app->get_subcommands([](const CLI::App*) { return true; })) names.push_back(command->get_name());
     const bool wants_command = dynamic_cast<const CLI::RequiredError*>(&error) != nullptr && !names.empty() && app->get_subcommands().empty();
+    if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) return Unexpected(error.what());
     if (!wants_command) return error.what();
     for (const std::string& word : app_.remaining(true)) {
       if (word.empty() || word[0] == '-') continue;
@@ -127,6 +131,22 @@ class Cli {
       return absl::StrCat("\"", word, "\" is not a command", nearest.empty() ? "" : absl::StrCat("; did you mean ", nearest, "?"));
     }
     return absl::StrCat("a command is missing: ", absl::StrJoin(names, ", "));
+  }
+
+  // An argument that nobody takes, with the option that was perhaps meant.
+  std::string Unexpected(const std::string& complaint) const {
+    std::vector<std::string> options;
+    for (const CLI::App* app = &app_; app != nullptr; app = app->get_subcommands().empty() ? nullptr : app->get_subcommands()[0]) {
+      for (const CLI::Option* option : app->get_options()) {
+        for (const std::string& name : option->get_lnames()) options.push_back(absl::StrCat("--", name));
+      }
+    }
+    for (const std::string& word : app_.remaining(true)) {
+      if (!absl::StartsWith(word, "--")) continue;
+      const std::string written = word.substr(0, word.find('=')), nearest = spec::NearestName(written, options);
+      if (!nearest.empty()) return absl::StrCat(written, " is not an option here; did you mean ", nearest, "?");
+    }
+    return complaint;
   }
 
   CLI::App* Add(CLI::App* parent, const std::string& name, const std::string& description, std::function<Result()> run, const std::string& examples = "") {

@@ -23,7 +23,8 @@ bool IsOpenToAll(const std::string& method);
 // FAILED_PRECONDITION if a method of these services ("ppft.v1.JobService") has no role: the server must not start.
 absl::Status CheckRoles(const std::vector<std::string>& services);
 
-// Refuses calls of methods without a role; everybody who reaches a loopback address has every role. Counts and times all calls.
+// Refuses calls of methods without a role. Roles are not told apart: whoever can connect (on loopback, or by a certificate of the client authority) may call
+// everything. Counts and times all calls.
 // `metrics` outlives the server.
 std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface> MakeCallGate(metrics::CoordinatorMetrics* metrics);
 
