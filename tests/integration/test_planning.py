@@ -48,7 +48,9 @@ def test_a_rank_says_what_was_planned_and_what_it_took(service, tiny):
 
 
 def test_what_cannot_fit_starts_nowhere_and_names_what_would(service, tiny):
-    spec = spec_of(service, tiny, name="large", data={"sample_packing": True, "sequence_len": 256}, training={"micro_batch_size": 65536})
+    """GPipe keeps every micro-batch's activations: 35 TiB, more than any machine has."""
+    spec = spec_of(service, tiny, name="large", data={"sample_packing": True, "sequence_len": 256}, parallel={"schedule": "gpipe"},
+                   training={"micro_batch_size": 65536, "gradient_accumulation_steps": 256})
     draft = json.loads(plan(service, spec, "-o", "json"))
     assert not draft.get("fits", False)
     found = re.search(r"it would fit with .*training\.micro_batch_size: (\d+)", draft["reason"])
