@@ -199,12 +199,15 @@ def test_ctrl_c_detaches_and_the_job_goes_on(cluster, tiny):
     import subprocess
     from service import BIN
     cluster.ppctl("models", "upload", "tiny", tiny.folder)
-    spec = make_spec(tiny, write_rows(cluster.dir / "train.jsonl", short_rows(40)), training={"max_steps": 150})
+    spec = make_spec(tiny, write_rows(cluster.dir / "train.jsonl", short_rows(40)), training={"max_steps": 100000})
     (cluster.dir / "job.yaml").write_text(json.dumps(spec))
     following = subprocess.Popen([BIN / "ppctl", "submit", "job.yaml", "--follow"], env=cluster.environment, cwd=cluster.dir, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for("the job to step", lambda: (jobs := cluster.json("list").get("jobs")) and int(jobs[0]["status"]["step"]) > 3, every=0.02)
     following.send_signal(signal.SIGINT)
-    out, err = following.communicate(timeout=60)
+    out, err = following.communicate(timeout=120)
     job = out.strip()
     assert following.returncode == 130 and f"ppctl watch {job}" in err, err
-    cluster.finish(job)
+    step = cluster.step(job)
+    wait_for("further steps", lambda: cluster.step(job) > step + 3, every=0.05)
+    cluster.ppctl("cancel", job)
+    cluster.finish(job, "CANCELLED")
