@@ -51,7 +51,8 @@ class Cluster:
 
     def up(self):
         roots = [argument for root in self.roots for argument in ("--model_root", root)]
-        done = subprocess.run([ROOT / "deploy" / "local", "up", "--dir", self.dir, "--workers", str(self.workers), *roots], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([ROOT / "deploy" / "local", "up", "--dir", self.dir, "--workers", str(self.workers), "--threads_per_slot", "1", *roots], capture_output=True, text=True,
+                              timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr + self.logs()
         for line in (self.dir / "env").read_text().splitlines():
             if line.startswith("export "):
@@ -59,7 +60,7 @@ class Cluster:
                 self.environment[name] = value.strip("'\"")
 
     def down(self):
-        subprocess.run([ROOT / "deploy" / "local", "down", "--dir", self.dir], capture_output=True, timeout=120)
+        subprocess.run([ROOT / "deploy" / "local", "down", "--dir", self.dir], capture_output=True, timeout=300)
 
     def logs(self):
         return "".join(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in sorted((self.dir / "log").glob("*.log")))
@@ -128,7 +129,7 @@ class Cluster:
         return out
 
     def metrics(self):
-        return urllib.request.urlopen(self.environment["PPFT_METRICS"], timeout=10).read().decode()
+        return urllib.request.urlopen(self.environment["PPFT_METRICS"], timeout=60).read().decode()
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_a_full_disk_pauses_what_runs_and_what_waits_until_there_is_room(small_d
     wait_for("a checkpoint", lambda: int(cluster.status(running).get("checkpoint_step", 0)) >= 10, every=0.05)
     filler = fill(cluster.dir / "coordinator")
     for job in (running, waiting):
-        wait_for(f"{job} to pause", lambda: paused_for_disk(cluster, job), 60)
+        wait_for(f"{job} to pause", lambda: paused_for_disk(cluster, job), 120)
     assert "PAUSED(DISK_FULL)" in cluster.ppctl("list").stdout
     shown = cluster.ppctl("get", running).stdout
     assert "DISK_FULL" in shown and "goes on by itself" in shown
@@ -72,7 +72,7 @@ def test_a_full_disk_pauses_what_runs_and_what_waits_until_there_is_room(small_d
     cluster.kill("coordinator")
     cluster.up()
     assert paused_for_disk(cluster, running) and paused_for_disk(cluster, waiting), "a restart changes nothing"
-    assert wait_for("the trainers to go", lambda: cluster.trainers() == [], 60)
+    assert wait_for("the trainers to go", lambda: cluster.trainers() == [], 120)
     filler.unlink()
     for job in (running, waiting):
         cluster.finish(job)
@@ -104,7 +104,7 @@ def test_after_kills_the_files_are_those_that_rows_name(cluster, tiny):
         planted.append(data / "blobs" / digest[:2] / digest)
         planted[-1].write_bytes(text)
     cluster.up()
-    wait_for("the planted files to go", lambda: not any(path.exists() for path in planted), 60)
+    wait_for("the planted files to go", lambda: not any(path.exists() for path in planted), 120)
     cluster.fetch(job)  # what is named is served
     cluster.down()
     files = {path.name for path in (data / "blobs").glob("*/*")}
@@ -116,7 +116,7 @@ def test_after_kills_the_files_are_those_that_rows_name(cluster, tiny):
 def test_a_model_root_that_is_not_there_is_refused(tmp_path):
     for root, word in ((tmp_path / "none", "there is no such folder"), (pathlib.Path(__file__), "is not a folder")):
         done = subprocess.run([BIN / "ppft-coordinator", "--data_dir", tmp_path / "data", "--listen", "127.0.0.1:0", "--metrics_listen", "127.0.0.1:0", "--model_root", root],
-                              capture_output=True, text=True, timeout=60)
+                              capture_output=True, text=True, timeout=120)
         assert done.returncode == 2, done.stderr
         assert f"--model_root {root}: {word}" in done.stderr
         assert not (tmp_path / "data").exists(), "nothing is left half done"
@@ -128,7 +128,7 @@ def test_a_store_without_the_folder_of_its_files_is_not_begun_anew(cluster):
     data = cluster.dir / "coordinator"
     (data / "blobs").rename(cluster.dir / "unmounted")
     (data / "blobs").mkdir()  # where it is mounted
-    done = subprocess.run([BIN / "ppft-coordinator", "--data_dir", data, "--listen", "127.0.0.1:0", "--metrics_listen", "127.0.0.1:0"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([BIN / "ppft-coordinator", "--data_dir", data, "--listen", "127.0.0.1:0", "--metrics_listen", "127.0.0.1:0"], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "STORE_UNREADABLE" in done.stderr and "mount the disk" in done.stderr, done.stderr
     assert not any((data / "blobs").iterdir())
     (data / "blobs").rmdir()

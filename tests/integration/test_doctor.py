@@ -76,4 +76,4 @@ def test_a_worker_without_its_devices_says_why(cluster):
         assert row["problems"][0] in out.read_text()
     finally:
         worker.terminate()
-        assert worker.wait(timeout=60) == 0
+        assert worker.wait(timeout=120) == 0

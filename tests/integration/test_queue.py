@@ -67,7 +67,7 @@ def test_cancel_in_every_state_frees_the_devices(service, tiny):
     service.finish(queued, "CANCELLED")
     service.ppctl("cancel", running)
     service.finish(running, "CANCELLED")
-    assert service.trainers() == [] or wait_for("the trainers to go", lambda: service.trainers() == [], 30)
+    assert service.trainers() == [] or wait_for("the trainers to go", lambda: service.trainers() == [], 120)
 
     starting = service.submit(spec_of(service, tiny, 50000, name="starting"))
     wait_for("it to leave the queue", lambda: service.state(starting) in ("STARTING", "RUNNING"), every=0.005)

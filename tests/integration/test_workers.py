@@ -15,7 +15,7 @@ class Worker:
 
     def end(self):
         self.process.terminate()
-        self.process.wait(60)
+        self.process.wait(120)
 
 
 def ready(cluster):

@@ -70,7 +70,7 @@ def made(request, tmp_path_factory):
     write('merged', 0, first, {'format': 'pt'})
     write('merged', 1, last)  # without metadata: written anew
     for out in ('out', 'again'):
-        run = subprocess.run([PROBE, dir / f'data-{out}', dir / 'root/base', dir / out, '4', '6', '0', ','.join(TARGETS), *files], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        run = subprocess.run([PROBE, dir / f'data-{out}', dir / 'root/base', dir / out, '4', '6', '0', ','.join(TARGETS), *files], cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, run.stderr
     return dir, state, ids, logits, tied
 
@@ -136,7 +136,7 @@ def test_damaged_parts_are_found(made, tmp_path):
     def run(tensors):
         save_file(tensors, tmp_path / 'adapter.safetensors')
         return subprocess.run([PROBE, tmp_path / f'data-{len(list(tmp_path.iterdir()))}', dir / 'root/base', tmp_path / 'out', '4', '6', '0', ','.join(TARGETS),
-                               f'adapter:{tmp_path / "adapter.safetensors"}'], cwd=ROOT, capture_output=True, text=True, timeout=60)
+                               f'adapter:{tmp_path / "adapter.safetensors"}'], cwd=ROOT, capture_output=True, text=True, timeout=600)
     name = sorted(state)[0]
     missing = run({n: t for n, t in state.items() if n != name})
     assert missing.returncode == 1 and f'no rank wrote {name}' in missing.stderr

@@ -65,7 +65,7 @@ class Prepare:
         return peak
 
     def run(self, *args):
-        run = subprocess.run([BINARY, *map(str, args)], capture_output=True, timeout=120)
+        run = subprocess.run([BINARY, *map(str, args)], capture_output=True, timeout=600)
         assert run.returncode == 0, (run.returncode, run.stderr[-2000:])
         assert run.stdout.endswith(b'\n') and run.stdout.count(b'\n') == 1
         return json.loads(run.stdout)

@@ -16,20 +16,20 @@ def spawn():
 def test_a_closed_socket_ends_it_at_once():
     ours, child = spawn()
     ours.close()
-    assert child.wait(timeout=60) == 3
+    assert child.wait(timeout=120) == 3
 
 
 def test_sigterm_ends_it():
     ours, child = spawn()
     child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=60) == -signal.SIGTERM
+    assert child.wait(timeout=120) == -signal.SIGTERM
     ours.close()
 
 
 def test_a_frame_that_is_no_message_is_a_failure():
     ours, child = spawn()
     ours.sendall(struct.pack('<I', 3) + b'\xff\xff\xff')
-    assert child.wait(timeout=60) == 1
+    assert child.wait(timeout=120) == 1
     assert b'no AgentMessage' in child.stderr.read()
     ours.close()
 
@@ -37,7 +37,7 @@ def test_a_frame_that_is_no_message_is_a_failure():
 def test_a_huge_frame_is_not_read():
     ours, child = spawn()
     ours.sendall(struct.pack('<I', 0xffffffff))
-    assert child.wait(timeout=60) == 3
+    assert child.wait(timeout=120) == 3
     ours.close()
 
 

@@ -129,7 +129,7 @@ class Run:
         (directory / 'start.json').write_text(json.dumps(start))
         kill_flags = ['--kill_rank', str(kill[0]), '--kill_at_step', str(kill[1])] if kill else []
         run = subprocess.run([HARNESS, directory / 'start.json', directory, '--pp', str(pp), '--dp', str(dp), '--schedule', schedule, '--virtual', str(virtual), *kill_flags],
-                             capture_output=True, text=True, timeout=300, env={**os.environ, 'MKL_CBWR': 'COMPATIBLE', 'OMP_NUM_THREADS': '1'})
+                             capture_output=True, text=True, timeout=900, env={**os.environ, 'MKL_CBWR': 'COMPATIBLE', 'OMP_NUM_THREADS': '1'})
         lines = [json.loads(line) for line in run.stdout.splitlines()]
         assert lines and 'exits' in lines[-1], run.stderr[-2000:]
         self.exits, self.reports, self.stderr = lines[-1]['exits'], lines[:-1], run.stderr
