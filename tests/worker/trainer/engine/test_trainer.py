@@ -106,7 +106,7 @@ def test_a_killed_rank_ends_the_others_with_its_name(start, calm, tmp_path, rank
     assert [r for r, _ in failures] == [other]
     assert failures[0][1]['reason']['code'] == 'COMM_ERROR' and failures[0][1]['peer'] == rank
     newest = max(int(c['state']['step']) for _, c in run.of('checkpoint'))
-    assert newest == 20
+    assert newest >= 20
     best = run.checkpoint(newest)[0]['state']['best_step']
     again = Run(resumed(start, run, newest, int(best)), tmp_path / 'again', pp=2)
     assert run.losses()[:newest] + again.losses() == calm.losses()
