@@ -31,7 +31,7 @@ absl::StatusOr<AdapterConfig> ParseAdapterConfig(absl::string_view json, absl::s
 // The stable keys only, sorted; lora_alpha is an integer when it is one.
 std::string AdapterConfigText(const AdapterConfig& config);
 
-// What B A x is multiplied with: alpha / r, or alpha / sqrt(r) with rsLoRA.
+// What B A x is multiplied with: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
 double LoraScale(int64_t r, double lora_alpha, bool use_rslora);
 
 // "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"; matrix is "lora_A" (r x in) or "lora_B" (out x r).

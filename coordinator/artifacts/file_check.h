@@ -1,4 +1,6 @@
 // Are registered files still what they were when they were registered? EDGE: reads model folders and blobs.
+//
+// Thread: one at a time per object, not the controller's: with contents it reads for long.
 #pragma once
 
 #include <string>

@@ -1,5 +1,8 @@
 // Joins tensors of several safetensors blobs into one file, streaming: memory does not grow with the model. The result is read back and compared
 // with its sources byte by byte before it becomes a blob.
+//
+// Thread: any; blocks. Errors: DATA_LOSS for a blob that is shorter than its header says and for what reads back with
+// other bytes; else those of the blob store and of the file system (RESOURCE_EXHAUSTED for a full disk).
 #pragma once
 
 #include <map>

@@ -18,7 +18,7 @@ struct SandboxLimits {
 SandboxLimits LimitsFor(int64_t input_bytes);
 
 // An empty network namespace is taken where the kernel allows it; the system call filter (no sockets, no programs, no processes) and the limits
-// always hold on x86-64 and arm64.
+// always hold on x86-64 and arm64. Errors name the system call that was refused; the process must not go on then.
 absl::Status EnterSandbox(const SandboxLimits& limits);
 
 }  // namespace ppft::coordinator::prepare

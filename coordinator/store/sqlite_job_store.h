@@ -1,4 +1,6 @@
 // JobStore on SQLite: one file, ppft.db in the data folder; WAL, synchronous=FULL, STRICT tables, an exclusive lock while it is open.
+//
+// Thread: one at a time; in the coordinator the controller's alone. Calls block on the disk.
 #pragma once
 
 #include <memory>

@@ -1,4 +1,6 @@
 // GPUs and the LibTorch that trainers need, found without either in this process: a trainer is asked.
+//
+// Thread: any; what asks a trainer blocks until it has answered or run out of time.
 #pragma once
 
 #include <string>

@@ -1,4 +1,6 @@
 // Attention on a CUDA device: cuDNN where it serves, ATen's flash attention (2307.08691) where it does not and in deterministic mode, plain products in fp32.
+//
+// Thread: one at a time, on its current stream. Errors: exceptions, as plugin.h says.
 #pragma once
 
 #include <ATen/core/Tensor.h>

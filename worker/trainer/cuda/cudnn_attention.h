@@ -1,5 +1,7 @@
 // Causal attention over documents of different lengths by cuDNN (through cudnn-frontend): ragged offsets into the packed rows, plans built once per shape.
 // Takes bf16 and fp16 on GPUs of compute capability 9.0 and later. Its backward pass adds in no fixed order: not for bit-equal runs.
+//
+// Thread: one at a time, on its current stream. Errors: exceptions, as plugin.h says.
 #pragma once
 
 #include <ATen/core/Tensor.h>

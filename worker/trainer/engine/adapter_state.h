@@ -1,7 +1,10 @@
 // The trainable state of one rank: the LoRA masters and gradients of its stages, the AdamW moments of its shard, the copy of the best adapter. With data
-// parallelism and zero_stage 0 every replica updates everything; from 1 on each updates a range of the flat buffer and the ranges are gathered.
+// parallelism and zero_stage 0 every replica updates everything; from 1 on each updates a range of the flat buffer and the ranges are gathered (ZeRO,
+// 1910.02054).
 //
 // Two homes: host_adapter_state.h for stages in host memory, device_adapter_state.h for stages on a GPU.
+//
+// Thread: the trainer's, one at a time.
 #pragma once
 
 #include <memory>

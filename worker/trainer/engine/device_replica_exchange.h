@@ -1,4 +1,5 @@
 // ReplicaExchange of stages on a GPU: gatherings and sums run on the communicator's stream beside the computation, and nothing waits on the host.
+// Errors: INTERNAL with NCCL's or CUDA's words; a failure of the device itself may show only where the host waits for it.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// ReplicaExchange of stages in host memory, over a Group.
+// ReplicaExchange of stages in host memory, over a Group. Errors: the Group's; INTERNAL for what is begun twice, or ended and not begun.
 #pragma once
 
 #include <optional>

@@ -2,12 +2,15 @@
 //
 // A receive is posted by RECV and waited for by the F or B that consumes it. Neighbouring stages on one rank hand over in memory. Actions of an empty
 // micro-batch do nothing, on every rank.
+//
+// Thread: the trainer's, one at a time.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,6 +27,9 @@ namespace ppft::trainer {
 struct PassOptions {
   int64_t pass = 0;  // equal on all ranks and never used twice
   bool keep_for_backward = false;
+  // A rank may come to its part, or be through with it, long after another. The sender tells on the control channel when a message is under way, and the
+  // receiver waits for that in Section::kAwaitExport: neither a device nor the stall timeout waits for work of unknown length.
+  bool announced = false;
   // Set: the last stage calls this instead of its forward with loss.
   std::function<absl::Status(StageModel& stage, const MicrobatchInput& input, const at::Tensor& hidden_in)> last_stage;
 };
@@ -48,6 +54,7 @@ class Interpreter {
     at::Tensor tensor;  // [tokens, hidden]
     bool posted = false;
     Ticket ticket = 0;
+    std::optional<Ticket> announcement;
   };
   struct Pass {
     const std::vector<MicrobatchInput>& inputs;

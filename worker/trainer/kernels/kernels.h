@@ -80,7 +80,7 @@ class Kernels {
   virtual void AddProduct(const at::Tensor& a, const at::Tensor& b, double alpha, const at::Tensor& sum);
 
   // sum = x + delta (sum may be x; without delta x is read and sum ignored); rstd[t] = 1 / sqrt(mean(sum[t]^2) + eps); normed = sum * rstd * weight.
-  // x, delta, sum: [T, H]; weight: [H]; normed: rows [T, H]; rstd: [T] acc.
+  // x, delta, sum: [T, H]; weight: [H]; normed: rows [T, H]; rstd: [T] acc. RMSNorm: 1910.07467.
   virtual void AddRmsNorm(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& weight, double eps, const at::Tensor& sum, const at::Tensor& normed,
                           const at::Tensor& rstd) = 0;
   // normed = x * rstd * weight: what AddRmsNorm wrote, made again for the backward pass.
@@ -95,7 +95,7 @@ class Kernels {
   // qkv: rows [T, row_size]; cos, sin: [positions, head_dim / 2] acc; position: [T] int32. inverse: the transpose, for gradients.
   virtual void Rope(const at::Tensor& qkv, const HeadLayout& heads, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& position, bool inverse) = 0;
 
-  // out = silu(gate) * up. gate_up: [T, 2F] = [gate | up]; out: rows [T, F].
+  // out = silu(gate) * up (SwiGLU, 2002.05202). gate_up: [T, 2F] = [gate | up]; out: rows [T, F].
   virtual void SwiGlu(const at::Tensor& gate_up, const at::Tensor& out) = 0;
   // dgate_up from dout (rows [T, F]) and the saved gate_up; may overwrite gate_up itself.
   virtual void SwiGluBackward(const at::Tensor& dout, const at::Tensor& gate_up, const at::Tensor& dgate_up) = 0;

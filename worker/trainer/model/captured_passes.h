@@ -22,7 +22,8 @@ class CapturedPasses {
   // Not enabled: passes are done as they are.
   CapturedPasses(Kernels& kernels, bool enabled) : kernels_(kernels), enabled_(enabled) {}
 
-  // Does `pass`, or launches what it launched before. `generation` changes whenever a buffer moves; `after` gives it once the pass is done.
+  // Does `pass`, or launches what it launched before. `generation` changes whenever a buffer moves; `after` gives it once the pass is done. Errors are those of
+  // `pass`; where capturing fails, passes are done as they are from then on.
   absl::Status Run(const PassKey& key, int64_t generation, const std::function<absl::Status()>& pass, const std::function<int64_t()>& after);
   // Gives the captured passes' memory back.
   void Clear();

@@ -1,5 +1,7 @@
 // The last stage's end: final RMSNorm, the head's product, cross-entropy. Only rows with a supervised next token get here. The gradient of the hidden state is
 // made in the same pass, a chunk of rows at a time, so that the logits never exist as a whole.
+//
+// Thread: one at a time.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,4 +1,4 @@
-// RoPE's tables: cos and sin of position * inverse frequency, as transformers' default and llama3 initialisation make them (frequencies in fp32).
+// RoPE's tables (2104.09864): cos and sin of position * inverse frequency, as transformers' default and llama3 initialisation make them (frequencies in fp32).
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,7 +1,7 @@
-// The gradients of a stage's adapters, shared out over its replicas (ZeRO 2 and 3): the layers' whole gradients lie in two buffers in turn, and a replica
-// keeps its part of the sums. A layer's sum goes on while the next one's backward pass runs.
+// The gradients of a stage's adapters, shared out over its replicas (ZeRO 2 and 3, 1910.02054): the layers' whole gradients lie in two buffers in turn, and a
+// replica keeps its part of the sums. A layer's sum goes on while the next one's backward pass runs.
 //
-// Thread: one at a time. All replicas go back through the same layers in the same order.
+// Thread: one at a time. All replicas go back through the same layers in the same order. Errors: the exchange's; after one the object is spent.
 #pragma once
 
 #include <ATen/core/Tensor.h>

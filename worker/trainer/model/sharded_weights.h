@@ -1,7 +1,7 @@
-// The frozen matrices of a stage's layers, shared out over its replicas (ZeRO 3): each keeps an even part of every layer. A layer is gathered just before
-// it is used, the next one in the background, into two buffers that all layers of the stage use in turn.
+// The frozen matrices of a stage's layers, shared out over its replicas (ZeRO 3, 1910.02054): each keeps an even part of every layer. A layer is gathered just
+// before it is used, the next one in the background, into two buffers that all layers of the stage use in turn.
 //
-// Thread: one at a time. All replicas ask for the same layers in the same order.
+// Thread: one at a time. All replicas ask for the same layers in the same order. Errors: the exchange's; after one the object is spent.
 #pragma once
 
 #include <ATen/core/Tensor.h>
