@@ -6,6 +6,7 @@
 #include "common/net/status.h"
 #include "coordinator/core/checkpoints.h"
 #include "coordinator/core/job_state.h"
+#include "coordinator/core/progress.h"
 #include "coordinator/core/steps.h"
 #include "coordinator/job_controller.h"
 
@@ -165,7 +166,7 @@ void JobController::OnAssembled(const std::string& id, int64_t work_id, const ab
     }
     if (const absl::Status status = store_->PutArtifact(manifest); !status.ok()) return Broken(status);
   }
-  Move(*job, v1::JOB_STATE_SUCCEEDED, MakeReason("FINISHED", absl::StrCat("trained ", job->record.job().status().step(), " steps")));
+  Move(*job, v1::JOB_STATE_SUCCEEDED, FinishedReason(job->record.job().status()));
   EndAttempt(*job);
 }
 

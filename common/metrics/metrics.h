@@ -83,13 +83,19 @@ class WorkerMetrics {
   ~WorkerMetrics();
   std::shared_ptr<prometheus::Registry> registry() const;
 
+  // A rank's place in its job's mesh, which its series are named by: several replicas of a stage may share a worker.
+  struct Place {
+    std::string job;
+    std::string stage;
+    std::string replica;
+  };
   // Totals since the attempt's start, one call per report. `kind`: forward | backward | optimizer | send | recv | idle.
-  void FollowStageBusy(const std::string& job, const std::string& stage, const std::string& kind, double seconds);
-  void FollowStageTransport(const std::string& job, const std::string& stage, const std::string& direction, double bytes);  // sent | received
-  void SetStageMemory(const std::string& job, const std::string& stage, const std::string& memory_class, double bytes);     // resident_peak
-  void SetBubbleRatio(const std::string& job, const std::string& stage, double ratio);
+  void FollowStageBusy(const Place& place, const std::string& kind, double seconds);
+  void FollowStageTransport(const Place& place, const std::string& direction, double bytes);  // sent | received
+  void SetStageMemory(const Place& place, const std::string& memory_class, double bytes);     // resident_peak
+  void SetBubbleRatio(const Place& place, double ratio);
   // A new attempt's totals begin at zero.
-  void BeginAttempt(const std::string& job, const std::string& stage);
+  void BeginAttempt(const Place& place);
   void DropJob(const std::string& job);
 
   void SetConnected(bool connected);

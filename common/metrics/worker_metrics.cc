@@ -8,6 +8,15 @@ using prometheus::BuildGauge;
 using prometheus::Counter;
 using prometheus::Gauge;
 
+namespace {
+
+Labels LabelsOf(const WorkerMetrics::Place& place, Labels labels = {}) {
+  labels.insert({{"job", place.job}, {"stage", place.stage}, {"replica", place.replica}});
+  return labels;
+}
+
+}  // namespace
+
 struct WorkerMetrics::Impl {
   std::shared_ptr<prometheus::Registry> registry = std::make_shared<prometheus::Registry>();
   SeriesSet<Counter> busy{BuildCounter().Name("ppft_stage_busy_seconds_total").Help("What a stage's trainer spent its time on").Register(*registry), "job"};
@@ -32,21 +41,19 @@ WorkerMetrics::WorkerMetrics(const std::string& version, const std::string& work
 WorkerMetrics::~WorkerMetrics() = default;
 std::shared_ptr<prometheus::Registry> WorkerMetrics::registry() const { return impl_->registry; }
 
-void WorkerMetrics::FollowStageBusy(const std::string& job, const std::string& stage, const std::string& kind, double seconds) {
-  const Labels labels = {{"job", job}, {"stage", stage}, {"kind", kind}};
+void WorkerMetrics::FollowStageBusy(const Place& place, const std::string& kind, double seconds) {
+  const Labels labels = LabelsOf(place, {{"kind", kind}});
   impl_->busy.At(labels).Increment(impl_->totals.Growth(labels, seconds));
 }
-void WorkerMetrics::FollowStageTransport(const std::string& job, const std::string& stage, const std::string& direction, double bytes) {
-  const Labels labels = {{"job", job}, {"stage", stage}, {"direction", direction}};
+void WorkerMetrics::FollowStageTransport(const Place& place, const std::string& direction, double bytes) {
+  const Labels labels = LabelsOf(place, {{"direction", direction}});
   impl_->transport.At(labels).Increment(impl_->totals.Growth(labels, bytes));
 }
-void WorkerMetrics::SetStageMemory(const std::string& job, const std::string& stage, const std::string& memory_class, double bytes) {
-  impl_->memory.At({{"job", job}, {"stage", stage}, {"class", memory_class}}).Set(bytes);
+void WorkerMetrics::SetStageMemory(const Place& place, const std::string& memory_class, double bytes) {
+  impl_->memory.At(LabelsOf(place, {{"class", memory_class}})).Set(bytes);
 }
-void WorkerMetrics::SetBubbleRatio(const std::string& job, const std::string& stage, double ratio) {
-  impl_->bubble.At({{"job", job}, {"stage", stage}}).Set(ratio);
-}
-void WorkerMetrics::BeginAttempt(const std::string& job, const std::string& stage) { impl_->totals.Reset({{"job", job}, {"stage", stage}}); }
+void WorkerMetrics::SetBubbleRatio(const Place& place, double ratio) { impl_->bubble.At(LabelsOf(place)).Set(ratio); }
+void WorkerMetrics::BeginAttempt(const Place& place) { impl_->totals.Reset(LabelsOf(place)); }
 void WorkerMetrics::DropJob(const std::string& job) {
   impl_->busy.Drop(job);
   impl_->transport.Drop(job);

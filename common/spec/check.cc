@@ -312,10 +312,17 @@ class RuleChecker {
     }
   }
 
-  // A static scale never changes: what steers a dynamic one contradicts it.
+  // A static scale never changes: what steers a dynamic one contradicts it. A dynamic one begins no lower than it may fall.
   void LossScale() {
     const v1::PrecisionSpec& precision = spec_.precision();
-    if (precision.loss_scale() == 0) return;
+    if (precision.loss_scale() == 0) {
+      const double first = std::exp2(precision.initial_scale_power());
+      if (precision.compute() != "fp16" || precision.min_loss_scale() <= first) return;
+      return Add("precision.min_loss_scale",
+                 absl::StrCat("min_loss_scale (", precision.min_loss_scale(), ") is above the scale at the start, 2^initial_scale_power (2^",
+                              precision.initial_scale_power(), " = ", first, "): lower it, or raise initial_scale_power"),
+                 {"precision.initial_scale_power"});
+    }
     const v1::PrecisionSpec& defaults = Defaults().precision();
     const std::pair<const char*, bool> changed[] = {{"initial_scale_power", precision.initial_scale_power() != defaults.initial_scale_power()},
                                                     {"loss_scale_window", precision.loss_scale_window() != defaults.loss_scale_window()},

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <initializer_list>
 #include <iterator>
 #include <tuple>
 #include <utility>
@@ -56,24 +57,75 @@ bool EnterSpecOfJob(Node* root) {
 }
 
 // Settings that the user wrote and that change nothing.
-void Warn(ParseResult* result) {
-  const v1::JobSpec& spec = result->spec;
-  const bool evaluates = spec.data().val_set_size() > 0 || spec.data().test_datasets_size() > 0;
-  for (const char* cause : {"data", "data.val_set_size", "data.test_datasets"}) {
-    if (result->wrong.count(cause) > 0) return;
+class Warnings {
+ public:
+  explicit Warnings(ParseResult* result) : result_(result) {}
+
+  void Run() {
+    if (!result_->readable) return;
+    Evaluation();
+    LossScale();
+    Replicas();
+    Merged();
   }
-  if (evaluates || !result->readable) return;
-  const std::pair<const char*, bool> settings[] = {{"evaluation.eval_steps", spec.evaluation().eval_steps() > 0},
-                                                   {"evaluation.eval_on_start", spec.evaluation().eval_on_start()},
-                                                   {"checkpoint.load_best_model_at_end", spec.checkpoint().load_best_model_at_end()}};
-  for (const auto& [field, asks] : settings) {
-    if (!asks || result->given.count(field) == 0 || result->wrong.count(field) > 0) continue;
+
+ private:
+  // `changes`: its value is not the one that it has anyway. Silent when a field that it hangs on is wrong itself.
+  void Warn(const char* field, bool changes, const char* message, std::initializer_list<const char*> causes) {
+    if (!changes || result_->given.count(field) == 0 || result_->wrong.count(field) > 0) return;
+    for (const char* cause : causes) {
+      if (result_->wrong.count(cause) > 0) return;
+    }
     v1::Violation violation;
     violation.set_field(field);
-    violation.set_message("has no effect without evaluation rows: set data.val_set_size or data.test_datasets, or remove it");
-    result->warnings.push_back(result->Locate(violation));
+    violation.set_message(message);
+    result_->warnings.push_back(result_->Locate(violation));
   }
-}
+
+  void Evaluation() {
+    if (spec().data().val_set_size() > 0 || spec().data().test_datasets_size() > 0) return;
+    const std::pair<const char*, bool> settings[] = {{"evaluation.eval_steps", spec().evaluation().eval_steps() > 0},
+                                                     {"evaluation.eval_on_start", spec().evaluation().eval_on_start()},
+                                                     {"checkpoint.load_best_model_at_end", spec().checkpoint().load_best_model_at_end()}};
+    for (const auto& [field, asks] : settings) {
+      Warn(field, asks, "has no effect without evaluation rows: set data.val_set_size or data.test_datasets, or remove it",
+           {"data", "data.val_set_size", "data.test_datasets"});
+    }
+  }
+
+  void LossScale() {
+    const v1::PrecisionSpec& precision = spec().precision();
+    if (precision.compute() == "fp16") return;
+    const v1::PrecisionSpec& defaults = Defaults().precision();
+    const std::pair<const char*, bool> settings[] = {{"precision.loss_scale", precision.loss_scale() != defaults.loss_scale()},
+                                                     {"precision.initial_scale_power", precision.initial_scale_power() != defaults.initial_scale_power()},
+                                                     {"precision.loss_scale_window", precision.loss_scale_window() != defaults.loss_scale_window()},
+                                                     {"precision.hysteresis", precision.hysteresis() != defaults.hysteresis()},
+                                                     {"precision.min_loss_scale", precision.min_loss_scale() != defaults.min_loss_scale()},
+                                                     {"precision.consecutive_hysteresis", precision.consecutive_hysteresis()}};
+    for (const auto& [field, asks] : settings) {
+      Warn(field, asks, "has no effect without precision.compute: fp16, the only one whose loss is scaled: set that, or remove it",
+           {"precision", "precision.compute"});
+    }
+  }
+
+  void Replicas() {
+    const v1::ParallelSpec& parallel = spec().parallel();
+    Warn("parallel.zero_stage", parallel.zero_stage() > 1 && parallel.data_parallel_size() <= 1,
+         "has no effect with one replica, which has nobody to share with: set parallel.data_parallel_size to 2 or more, or remove it",
+         {"parallel", "parallel.data_parallel_size"});
+  }
+
+  void Merged() {
+    const auto& formats = spec().output().formats();
+    Warn("output.merge_dtype", !spec().output().merge_dtype().empty() && std::find(formats.begin(), formats.end(), "merged") == formats.end(),
+         "has no effect without a merged model: add merged to output.formats, or remove it", {"output", "output.formats"});
+  }
+
+  const v1::JobSpec& spec() const { return result_->spec; }
+
+  ParseResult* const result_;
+};
 
 // Unsets the field or the group at `path`; entries of lists stay.
 void Unset(Message* message, absl::string_view path) {
@@ -140,7 +192,7 @@ ParseResult Parse(const std::string& file, absl::string_view text, const std::ve
     if (absl::EndsWith(finding.field, "]") && FindRule(PatternOf(list)) != nullptr) found.insert(list);
   }
   result.wrong.merge(found);
-  if (!is_resolved) Warn(&result);
+  if (!is_resolved) Warnings(&result).Run();
   std::stable_sort(result.errors.begin(), result.errors.end(), [&](const FieldError& a, const FieldError& b) {
     return std::make_tuple(a.file != file, a.line, a.column) < std::make_tuple(b.file != file, b.line, b.column);
   });

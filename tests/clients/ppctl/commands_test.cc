@@ -10,6 +10,7 @@
 namespace ppft::ctl {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::Not;
@@ -146,7 +147,12 @@ TEST_F(CommandsTest, GetTellsWhatAutoCameTo) {
   EXPECT_THAT(yaml, HasSubstr("    compute: auto  # planned: bf16\n"));
   EXPECT_THAT(yaml, HasSubstr("    activation_checkpointing: none\n")) << "as it was asked";
   EXPECT_THAT(yaml, HasSubstr("    merge_micro_batches: auto  # planned: 4 in a pass\n"));
-  EXPECT_THAT(Ppctl(coordinator_, {"get", "job-1"}).out, HasSubstr("4 in a pass"));
+  const std::string table = Ppctl(coordinator_, {"get", "job-1"}).out;
+  EXPECT_THAT(table, HasSubstr("4 in a pass"));
+  EXPECT_THAT(table, HasSubstr("stage 2 replica 0"));
+  EXPECT_THAT(table, HasSubstr("stage 2 replica 1"));
+  coordinator_.list[0].mutable_status()->mutable_assignment()->DeleteSubrange(3, 3);
+  EXPECT_THAT(Ppctl(coordinator_, {"get", "job-1"}).out, AllOf(HasSubstr("stage 2"), Not(HasSubstr("replica"))));
 }
 
 TEST_F(CommandsTest, AStateMayBeWrittenAsJsonWritesIt) {

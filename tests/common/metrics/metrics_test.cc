@@ -57,6 +57,26 @@ TEST(CoordinatorMetricsTest, SeriesAppearFollowTotalsAndGoWithTheJob) {
   EXPECT_THAT(Get((*server)->address(), "/sd"), HasSubstr("[]"));
 }
 
+// As on a worker that holds two replicas of a stage, whose reports come by turns.
+TEST(WorkerMetricsTest, EveryReplicaOfAStageHasItsOwnTotals) {
+  WorkerMetrics metrics("1", "w");
+  auto server = HttpServer::Start("127.0.0.1:0", metrics.registry());
+  ASSERT_TRUE(server.ok()) << server.status();
+  const WorkerMetrics::Place first = {"job-a", "1", "0"}, second = {"job-a", "1", "1"};
+  for (const double seconds : {10.0, 20.0}) {
+    metrics.FollowStageBusy(first, "forward", seconds);
+    metrics.FollowStageBusy(second, "forward", seconds / 2);
+  }
+  metrics.BeginAttempt(first);
+  metrics.FollowStageBusy(first, "forward", 3);
+  metrics.FollowStageBusy(second, "forward", 11);
+  const std::string text = Get((*server)->address(), "/metrics");
+  EXPECT_THAT(text, HasSubstr("ppft_stage_busy_seconds_total{job=\"job-a\",kind=\"forward\",replica=\"0\",stage=\"1\"} 23"));
+  EXPECT_THAT(text, HasSubstr("ppft_stage_busy_seconds_total{job=\"job-a\",kind=\"forward\",replica=\"1\",stage=\"1\"} 11"));
+  metrics.DropJob("job-a");
+  EXPECT_THAT(Get((*server)->address(), "/metrics"), Not(HasSubstr("job-a")));
+}
+
 TEST(CoordinatorMetricsTest, PromtoolFindsNothingWrong) {
   if (system("command -v promtool > /dev/null") != 0) GTEST_SKIP() << "promtool is not installed (Debian package prometheus)";
   CoordinatorMetrics coordinator("1");
@@ -77,10 +97,11 @@ TEST(CoordinatorMetricsTest, PromtoolFindsNothingWrong) {
   coordinator.CountRpc("m", "OK", absl::Seconds(1));
   coordinator.AddArtifactBytes("upload", 1);
   WorkerMetrics worker("1", "w");
-  worker.FollowStageBusy("j", "0", "forward", 1);
-  worker.FollowStageTransport("j", "0", "sent", 1);
-  worker.SetStageMemory("j", "0", "resident_peak", 1);
-  worker.SetBubbleRatio("j", "0", 0.5);
+  const WorkerMetrics::Place place = {"j", "0", "0"};
+  worker.FollowStageBusy(place, "forward", 1);
+  worker.FollowStageTransport(place, "sent", 1);
+  worker.SetStageMemory(place, "resident_peak", 1);
+  worker.SetBubbleRatio(place, 0.5);
   for (const auto& registry : {coordinator.registry(), worker.registry()}) {
     auto server = HttpServer::Start("127.0.0.1:0", registry);
     ASSERT_TRUE(server.ok()) << server.status();

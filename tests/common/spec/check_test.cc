@@ -71,6 +71,12 @@ TEST(Check, FindsEachWrongField) {
          s->mutable_precision()->set_loss_scale(1024);
          s->mutable_precision()->set_hysteresis(5);
        }},
+      {"precision.min_loss_scale",
+       [](v1::JobSpec* s) {
+         s->mutable_precision()->set_compute("fp16");
+         s->mutable_precision()->set_initial_scale_power(4);
+         s->mutable_precision()->set_min_loss_scale(17);
+       }},
   };
   for (const Case& c : cases) {
     v1::JobSpec spec = Good();

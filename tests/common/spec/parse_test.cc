@@ -304,6 +304,18 @@ TEST(Parse, SettingsWithoutEffectAreWarnedOf) {
   EXPECT_THAT(warnings("evaluation: {eval_steps: 0, eval_on_start: false}\ncheckpoint: {load_best_model_at_end: false}\n"), ElementsAre());
   EXPECT_THAT(warnings("  val_set_size: 0.5\nevaluation: {eval_steps: 10}\ncheckpoint: {load_best_model_at_end: true}\n"), ElementsAre());
   EXPECT_THAT(warnings(""), ElementsAre());
+  EXPECT_THAT(warnings("precision: {compute: bf16, loss_scale: 1024}\n"), ElementsAre("job.yaml:5:28: precision.loss_scale: has no effect"));
+  EXPECT_THAT(warnings("precision: {initial_scale_power: 8, consecutive_hysteresis: true}\n"),
+              ElementsAre("job.yaml:5:13: precision.initial_scale_power: has no effect", "job.yaml:5:37: precision.consecutive_hysteresis: has no effect"));
+  EXPECT_THAT(warnings("precision: {compute: fp16, loss_scale: 1024}\n"), ElementsAre());
+  EXPECT_THAT(warnings("precision: {compute: fp32, loss_scale: dynamic, hysteresis: 2}\n"), ElementsAre()) << "what they are anyway";
+  EXPECT_THAT(warnings("output: {merge_dtype: float16}\n"), ElementsAre("job.yaml:5:10: output.merge_dtype: has no effect"));
+  EXPECT_THAT(warnings("output: {merge_dtype: float16, formats: [merged]}\n"), ElementsAre());
+  const auto one_replica = warnings("parallel: {zero_stage: 3}\n");
+  ASSERT_EQ(one_replica.size(), 1u);
+  EXPECT_THAT(one_replica[0], HasSubstr("parallel.zero_stage: has no effect with one replica"));
+  EXPECT_THAT(warnings("parallel: {zero_stage: 3, data_parallel_size: 2}\n"), ElementsAre());
+  EXPECT_THAT(warnings("parallel: {zero_stage: 0}\n"), ElementsAre());
 }
 
 TEST(Parse, EmptyFilesSayWhatIsNeeded) {

@@ -175,7 +175,7 @@ absl::Status Trainer::TrainStep(int64_t step) {
 
   activity_.Enter(Section::kOptimizer);
   if (skipped) {
-    if (scaler_.exhausted()) return FoundByAll(finite);  // no smaller scale is left to try
+    if (scaler_.exhausted()) return FoundByAll(NoSmallerScale(finite, scale));
     ++state_.skipped_steps;
   } else {
     PPFT_RETURN_IF_ERROR(adapter_->Update(update, learning_rate, ClipFactor(grad_norm, config_.max_grad_norm) / scale));
@@ -238,6 +238,13 @@ absl::Status Trainer::CheckFinite(const StepSums& sums, const data::StepPlan& st
         "NUMERIC_DIVERGENCE", "USER", kRemedy);
   }
   return absl::OkStatus();
+}
+
+absl::Status Trainer::NoSmallerScale(const absl::Status& finite, double scale) const {
+  return WithReason(
+      absl::OutOfRangeError(absl::StrFormat("%s, and the loss scale cannot go below %.15g", finite.message(), scale)), "NUMERIC_DIVERGENCE", "USER",
+      absl::StrCat(scale > 1 ? "lower precision.min_loss_scale, " : "",
+                   "lower training.learning_rate, raise training.warmup_steps, use precision.compute: bf16, or look for damaged rows in the data"));
 }
 
 absl::Status Trainer::FoundByAll(absl::Status failure) {

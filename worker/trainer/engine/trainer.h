@@ -87,6 +87,8 @@ class Trainer {
   absl::StatusOr<StepSums> GatherSums();
   // NUMERIC_DIVERGENCE that names the loss or the first parameter whose gradient is not finite; OK if all are.
   absl::Status CheckFinite(const StepSums& sums, const data::StepPlan& plan) const;
+  // What ends the job when `finite` came at the smallest scale.
+  absl::Status NoSmallerScale(const absl::Status& finite, double scale) const;
   // A failure that every rank finds in the same sums. They meet once more, so that none takes its links down before the others have read those sums.
   absl::Status FoundByAll(absl::Status failure);
   void ReportStep(const data::StepPlan& plan, double loss, double learning_rate, double grad_norm, bool skipped);
@@ -140,7 +142,7 @@ class Trainer {
   const pipeline::Mesh mesh_;
   model::ModelConfig model_config_;
   at::ScalarType compute_ = at::kFloat;
-  Checkpointing checkpointing_ = Checkpointing::kNone;
+  model::ActivationCheckpointing checkpointing_ = model::ActivationCheckpointing::kNone;
   pipeline::Program program_;
   pipeline::Program eval_program_;  // of eval_window_ passes
   int eval_window_ = 0;
