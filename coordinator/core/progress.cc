@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "coordinator/core/job_state.h"
 
 namespace ppft::coordinator {
 
@@ -32,6 +33,14 @@ std::string SkippedText(const v1::SkippedStep& skipped) {
   const std::string text = absl::StrFormat("step %d changed nothing: %s; the loss scale ", skipped.step(), skipped.reason());
   if (skipped.next_loss_scale() == skipped.loss_scale()) return text + absl::StrFormat("stays %.15g", skipped.loss_scale());
   return text + absl::StrFormat("goes from %.15g to %.15g", skipped.loss_scale(), skipped.next_loss_scale());
+}
+
+v1::Reason FinishedReason(const v1::JobStatus& status) {
+  const std::string trained = absl::StrCat("trained ", status.step(), status.step() == 1 ? " step" : " steps");
+  if (status.skipped_steps() == 0) return MakeReason("FINISHED", trained);
+  if (status.skipped_steps() < status.step()) return MakeReason("FINISHED", absl::StrCat(trained, ", of which ", status.skipped_steps(), " changed nothing"));
+  return MakeReason("FINISHED", absl::StrCat(trained, ", and none of them changed anything: the adapter is what it was at the start"),
+                    absl::StrFormat("begin below the loss scale of %.15g, or use precision.compute: bf16", status.loss_scale()));
 }
 
 void ApplyEval(v1::JobStatus& status, const v1::EvalReport& report) {

@@ -17,6 +17,9 @@ void ApplyEval(v1::JobStatus& status, const v1::EvalReport& report);
 // Why a step changed no parameter, and what became of the loss scale: a sentence for the job's events.
 std::string SkippedText(const v1::SkippedStep& skipped);
 
+// Of the move to SUCCEEDED: how many steps were trained, and how many of them changed nothing.
+v1::Reason FinishedReason(const v1::JobStatus& status);
+
 // After an attempt was given up the job stands where its newest checkpoint does; without one, at the beginning. `train` and `eval` are the
 // newest rows that are left.
 void RewindTo(v1::JobStatus& status, const v1::CheckpointManifest* checkpoint, const absl::optional<v1::MetricRow>& train,

@@ -224,6 +224,19 @@ TEST(Progress, ASkippedStepIsASentenceWithItsCauseAndTheScale) {
   EXPECT_EQ(SkippedText(skipped), "step 3 changed nothing: the loss of step 3 is not finite (stage 1); the loss scale stays 4294967296");
 }
 
+TEST(Progress, ASuccessTellsTheStepsThatChangedNothing) {
+  v1::JobStatus status;
+  status.set_step(24);
+  EXPECT_EQ(FinishedReason(status).message(), "trained 24 steps");
+  status.set_skipped_steps(11);
+  EXPECT_EQ(FinishedReason(status).message(), "trained 24 steps, of which 11 changed nothing");
+  EXPECT_EQ(FinishedReason(status).remedy(), "");
+  status.set_skipped_steps(24);
+  status.set_loss_scale(1099511627776.0);
+  EXPECT_EQ(FinishedReason(status).message(), "trained 24 steps, and none of them changed anything: the adapter is what it was at the start");
+  EXPECT_EQ(FinishedReason(status).remedy(), "begin below the loss scale of 1099511627776, or use precision.compute: bf16");
+}
+
 TEST(Directive, TheMergedTypeIsTheBaseModelsUnlessNamed) {
   v1::JobSpec spec;
   v1::Model model;

@@ -291,6 +291,7 @@ TEST_F(TrainerTest, NoRankGoesBeforeAllKnowThatTheScaleIsExhausted) {
   const FailureReport report = DescribeFailure(failed, 1);
   EXPECT_EQ(report.code, "NUMERIC_DIVERGENCE") << failed;
   EXPECT_THAT(report.message, HasSubstr("is not finite in step 1"));
+  EXPECT_THAT(report.message, HasSubstr("the loss scale cannot go below 1"));
 }
 
 }  // namespace
