@@ -88,7 +88,9 @@ void RankRunner::Run() {
   if (status.ok() && !stopping_) status = process_.Start(Command());
   if (status.ok() && !stopping_) status = Prepare(&start);
   if (status.ok() && !stopping_) {
-    environment_.metrics->BeginAttempt(key().job_id(), absl::StrCat(start.plan().ranks(key().rank()).pipeline_rank()));
+    const v1::RankPlan& place = start.plan().ranks(key().rank());
+    place_ = {key().job_id(), absl::StrCat(place.pipeline_rank()), absl::StrCat(place.replica())};
+    environment_.metrics->BeginAttempt(place_);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       watched_ = true;
@@ -383,12 +385,11 @@ void RankRunner::WatchProgress() {
 }
 
 void RankRunner::RecordStats(const v1::StageStats& stats) {
-  const std::string stage = absl::StrCat(stats.pipeline_rank());
-  for (const auto& [kind, seconds] : stats.busy_seconds()) environment_.metrics->FollowStageBusy(key().job_id(), stage, kind, seconds);
-  environment_.metrics->FollowStageTransport(key().job_id(), stage, "sent", static_cast<double>(stats.sent_bytes()));
-  environment_.metrics->FollowStageTransport(key().job_id(), stage, "received", static_cast<double>(stats.received_bytes()));
-  environment_.metrics->SetStageMemory(key().job_id(), stage, "resident_peak", static_cast<double>(stats.memory_bytes()));
-  environment_.metrics->SetBubbleRatio(key().job_id(), stage, stats.bubble_ratio());
+  for (const auto& [kind, seconds] : stats.busy_seconds()) environment_.metrics->FollowStageBusy(place_, kind, seconds);
+  environment_.metrics->FollowStageTransport(place_, "sent", static_cast<double>(stats.sent_bytes()));
+  environment_.metrics->FollowStageTransport(place_, "received", static_cast<double>(stats.received_bytes()));
+  environment_.metrics->SetStageMemory(place_, "resident_peak", static_cast<double>(stats.memory_bytes()));
+  environment_.metrics->SetBubbleRatio(place_, stats.bubble_ratio());
 }
 
 v1::TrainerReport RankRunner::StartFailure(const absl::Status& status) const {

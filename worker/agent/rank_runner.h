@@ -82,6 +82,7 @@ class RankRunner {
   const v1::RankDirective directive_;  // as first received; peers come by Update
   const std::string directory_;
   TrainerProcess process_;
+  metrics::WorkerMetrics::Place place_;  // of the running thread
   std::atomic<bool> stopping_ = false;
   std::atomic<bool> running_ = true;
   std::atomic<bool> reported_ = false;
