@@ -73,6 +73,13 @@ std::string WhyNot(const ProgramOutput& ran) {
   return line.empty() ? absl::StrCat("it ended with status ", ran.status) : line;
 }
 
+// Where the trainer could not even ask the driver: whether there is one. "" if there is a sign of it.
+std::string NoDriver() {
+  constexpr char kVersion[] = "/proc/driver/nvidia/version";
+  if (PathExists(kVersion) || PathExists("/dev/dxg")) return "";
+  return absl::StrCat("; this host shows no NVIDIA driver either (", kVersion, "): without a GPU, offer CPU slots with --devices cpu:N");
+}
+
 }  // namespace
 
 absl::StatusOr<ProgramOutput> RunProgram(const std::vector<std::string>& command, const std::vector<std::string>& environment, absl::Duration timeout) {
@@ -190,7 +197,7 @@ absl::StatusOr<CudaOffer> OfferCudaDevices(absl::string_view which, const std::s
       if (!torch.empty()) environments.push_back(TorchEnvironment(torch));
     }
   }
-  return absl::FailedPreconditionError(absl::StrCat("--devices cuda:", which, ": ", error));
+  return absl::FailedPreconditionError(absl::StrCat("--devices cuda:", which, ": ", error, absl::StrContains(error, "driver") ? "" : NoDriver()));
 }
 
 std::string VisibleDevice(absl::string_view device, absl::string_view visible) {

@@ -47,6 +47,11 @@ bool WaitForSignal(const sigset_t& signals, absl::Duration limit) {
 }  // namespace
 
 absl::StatusOr<HostOffer> OfferHost(const std::string& devices, int threads_per_slot, const std::string& trainer) {
+  if (absl::StrContains(devices, "cpu:") && absl::StrContains(devices, "cuda:")) {
+    return absl::InvalidArgumentError(absl::StrCat("--devices \"", devices,
+                                                   "\" names CPU slots and GPUs, and a worker offers one kind: start one worker for each, with a --name and a "
+                                                   "--work_dir of its own"));
+  }
   HostOffer offer;
   absl::Status lacking;
   if (absl::StartsWith(devices, "cuda:")) {

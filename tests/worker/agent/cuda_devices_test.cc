@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <sys/stat.h>
 
+#include "absl/strings/match.h"
 #include "common/base/files.h"
 
 namespace ppft::agent {
@@ -76,6 +77,14 @@ TEST_F(CudaDevicesTest, WhatCannotBeOfferedIsOneSentence) {
     EXPECT_THAT(std::string(offer.status().message()), HasSubstr(c.says));
     EXPECT_THAT(std::string(offer.status().message()), HasSubstr("--devices"));
   }
+}
+
+TEST_F(CudaDevicesTest, AMissingDriverIsNamedBesideWhatElseIsMissing) {
+  const auto offer = OfferCudaDevices("all", Trainer(R"(echo '{"devices":[],"error":"the CUDA part cannot be loaded"}')"));
+  const bool there = PathExists("/proc/driver/nvidia/version") || PathExists("/dev/dxg");
+  EXPECT_EQ(absl::StrContains(offer.status().message(), "no NVIDIA driver"), !there) << offer.status();
+  const auto told = OfferCudaDevices("all", Trainer(R"(echo '{"devices":[],"error":"the driver is too old"}')"));
+  EXPECT_EQ(told.status().message(), "--devices cuda:all: the driver is too old");
 }
 
 TEST_F(CudaDevicesTest, ATorchRootWithoutLibTorchIsNamed) {

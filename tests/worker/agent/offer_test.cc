@@ -44,6 +44,14 @@ TEST_F(OfferTest, SlotsComeWithTheirLibTorch) {
   EXPECT_THAT(offer->problems, IsEmpty());
 }
 
+TEST_F(OfferTest, OneWorkerOffersOneKind) {
+  for (const char* both : {"cpu:2,cuda:0", "cuda:0,cpu:2"}) {
+    const auto offer = OfferHost(both, 1, Trainer(""));
+    EXPECT_EQ(offer.status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(offer.status().message()), HasSubstr("start one worker for each"));
+  }
+}
+
 TEST_F(OfferTest, WhatTheHostLacksIsAProblemAndNotAnEnd) {
   const auto no_driver = OfferHost("cuda:all", 0, Trainer(R"(echo '{"devices":[],"error":"no NVIDIA driver on this machine"}')"));
   ASSERT_TRUE(no_driver.ok()) << no_driver.status();
