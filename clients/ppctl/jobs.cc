@@ -1,4 +1,5 @@
 // list, get, watch, cancel, events, logs, metrics, checkpoints.
+#include <algorithm>
 #include <thread>
 
 #include "absl/strings/ascii.h"
@@ -67,9 +68,10 @@ void PrintJob(Context& context, const v1::Job& job) {
   if (status.restarts() > 0) add("restarts", absl::StrCat(status.restarts()));
   add("schedule", status.schedule());
   if (status.microbatches_per_pass() > 1) add("micro-batches", absl::StrCat(status.microbatches_per_pass(), " in a pass"));
+  const bool replicated = std::any_of(status.assignment().begin(), status.assignment().end(), [](const auto& at) { return at.replica() > 0; });
   for (const auto& at : status.assignment()) {
-    add(absl::StrCat("stage ", at.stage()).c_str(),
-        absl::StrCat(at.worker(), " ", at.device(), at.layers().empty() ? "" : absl::StrCat(", layers ", at.layers())));
+    const std::string name = absl::StrCat("stage ", at.stage(), replicated ? absl::StrCat(" replica ", at.replica()) : "");
+    add(name.c_str(), absl::StrCat(at.worker(), " ", at.device(), at.layers().empty() ? "" : absl::StrCat(", layers ", at.layers())));
   }
   add("created", Time(job.create_time()));
   if (job.has_start_time()) add("started", Time(job.start_time()));

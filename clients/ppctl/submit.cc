@@ -76,15 +76,15 @@ std::string Passes(const v1::Plan& plan) {
   return passes == 1 ? " in 1 pass" : absl::StrCat(" in ", passes, " passes of up to ", per_pass);
 }
 
-std::string Count(int count, const std::string& one) { return absl::StrCat(count, " ", one, count == 1 ? "" : "s"); }
+std::string Count(int64_t count, const std::string& one) { return absl::StrCat(count, " ", one, count == 1 ? "" : "s"); }
 
 void PrintPlan(Context& context, const v1::PlanJobResponse& response) {
   const v1::Plan& plan = response.plan();
   context.out() << "schedule " << (plan.schedule().empty() ? "-" : plan.schedule()) << ", " << Count(plan.pipeline_parallel_size(), "pipeline stage") << " x "
-                << Count(plan.data_parallel_size(), "replica") << ", " << plan.num_microbatches() << " micro-batches of " << plan.microbatch_tokens()
-                << " tokens" << Passes(plan) << ", " << absl::StrCat(static_cast<int>(plan.predicted_bubble_ratio() * 1000 + 0.5) / 10.0)
-                << " % bubble predicted";
-  if (plan.total_steps() > 0) context.out() << ", " << plan.total_steps() << " steps";
+                << Count(plan.data_parallel_size(), "replica") << ", " << plan.num_microbatches()
+                << (plan.num_microbatches() == 1 ? " micro-batch of " : " micro-batches of ") << plan.microbatch_tokens() << " tokens" << Passes(plan) << ", "
+                << absl::StrCat(static_cast<int>(plan.predicted_bubble_ratio() * 1000 + 0.5) / 10.0) << " % bubble predicted";
+  if (plan.total_steps() > 0) context.out() << ", " << Count(plan.total_steps(), "step");
   context.out() << "\ncompute " << (plan.compute().empty() ? "-" : plan.compute()) << ", activation checkpointing "
                 << (plan.activation_checkpointing().empty() ? "-" : plan.activation_checkpointing()) << ", ZeRO stage " << plan.zero_stage() << "\n\n";
   context.out() << StageTable(plan) << "\n" << MemoryTable(plan) << "\n";

@@ -130,11 +130,11 @@ std::string Explain(const Layout& layout, const std::vector<PlanDevice>& chosen,
     absl::StrAppend(&text, ", ", layout.checkpointing, " activation checkpointing",
                     spec.parallel().activation_checkpointing() == "auto" ? " (the least that fits)" : "");
   }
-  absl::StrAppend(&text, ", ", ToString(layout.schedule), " over ", layout.num_microbatches, " micro-batches of ", layout.microbatch_tokens, " tokens",
-                  layout.microbatches_per_pass > 1 ? absl::StrCat(", ", layout.microbatches_per_pass, " in a pass,") : "", " in ", layout.compute,
-                  slow ? " (slow on CPUs: they have no fast products for it)" : "",
-                  absl::StrFormat(", predicted bubble %.1f %%", 100 * layout.simulation.bubble_ratio), "; a rank needs up to ",
-                  FormatBytes(layout.largest_rank_bytes()));
+  absl::StrAppend(
+      &text, ", ", ToString(layout.schedule), " over ", layout.num_microbatches, layout.num_microbatches == 1 ? " micro-batch of " : " micro-batches of ",
+      layout.microbatch_tokens, " tokens", layout.microbatches_per_pass > 1 ? absl::StrCat(", ", layout.microbatches_per_pass, " in a pass,") : "", " in ",
+      layout.compute, slow ? " (slow on CPUs: they have no fast products for it)" : "",
+      absl::StrFormat(", predicted bubble %.1f %%", 100 * layout.simulation.bubble_ratio), "; a rank needs up to ", FormatBytes(layout.largest_rank_bytes()));
   if (!chosen.empty()) {
     std::set<std::string> workers;
     for (const PlanDevice& device : chosen) workers.insert(device.worker);
@@ -181,6 +181,14 @@ v1::Plan FillPlan(const PlanRequest& request, const Layout& layout, const std::v
   return plan;
 }
 
+// What of the mesh is above one.
+std::string FewerDevices(const Layout& layout) {
+  if (layout.num_ranks() == 1) return "";
+  return absl::StrCat("; lower ", layout.pipeline_size > 1 ? "parallel.pipeline_parallel_size" : "",
+                      layout.pipeline_size > 1 && layout.data_parallel_size > 1 ? " or " : "",
+                      layout.data_parallel_size > 1 ? "parallel.data_parallel_size" : "", " to need fewer");
+}
+
 absl::StatusOr<PlanDraft> DraftOn(const PlanRequest& request, absl::string_view kind) {
   const std::vector<PlanDevice> devices = OfKind(request.devices, kind);
   PPFT_ASSIGN_OR_RETURN(const Layout layout, ChooseLayout(request, kind, devices));
@@ -189,11 +197,10 @@ absl::StatusOr<PlanDraft> DraftOn(const PlanRequest& request, absl::string_view 
   draft.devices_present = static_cast<int>(devices.size());
   std::vector<PlanDevice> chosen;
   if (draft.devices_present < draft.devices_needed) {
-    draft.fit = absl::UnavailableError(
-        absl::StrCat("the job needs ", draft.devices_needed, kind == "cuda" ? " cuda" : "", draft.devices_needed == 1 ? " device" : " devices",
-                     " (data_parallel_size ", layout.data_parallel_size, " x pipeline_parallel_size ", layout.pipeline_size, "), ", draft.devices_present, " ",
-                     draft.devices_present == 1 ? "is" : "are", " there: it waits for more",
-                     draft.devices_needed == 1 ? "" : "; lower parallel.pipeline_parallel_size or parallel.data_parallel_size to need fewer"));
+    draft.fit = absl::UnavailableError(absl::StrCat("the job needs ", draft.devices_needed, kind == "cuda" ? " cuda" : "",
+                                                    draft.devices_needed == 1 ? " device" : " devices", " (data_parallel_size ", layout.data_parallel_size,
+                                                    " x pipeline_parallel_size ", layout.pipeline_size, "), ", draft.devices_present, " ",
+                                                    draft.devices_present == 1 ? "is" : "are", " there: it waits for more", FewerDevices(layout)));
   } else {
     chosen = ChooseDevices(WithMemory(devices, layout.largest_rank_bytes()), layout.data_parallel_size, layout.pipeline_size);
     if (chosen.empty()) draft.fit = OutOfMemory(request, layout, kind, devices);

@@ -216,6 +216,13 @@ TEST(PlannerTest, TheKindMayBeGiven) {
   request.kind = "cuda";
   EXPECT_EQ(PlanJob(request).status().code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(ErrorOf(request), AllOf(HasSubstr("needs 1 cuda device ("), HasSubstr("0 are there: it waits for more"), Not(HasSubstr("lower"))));
+  request.spec.mutable_parallel()->set_data_parallel_size(7);
+  request.spec.mutable_parallel()->set_pipeline_parallel_size(1);
+  EXPECT_THAT(ErrorOf(request), HasSubstr("it waits for more; lower parallel.data_parallel_size to need fewer"));
+  request.spec.mutable_parallel()->set_pipeline_parallel_size(2);
+  EXPECT_THAT(ErrorOf(request), HasSubstr("lower parallel.pipeline_parallel_size or parallel.data_parallel_size to need fewer"));
+  request.spec.mutable_parallel()->clear_pipeline_parallel_size();
+  request.spec.mutable_parallel()->clear_data_parallel_size();
   request.devices.push_back({"gpu", "cuda:0", "cuda", 80 * kGiB, 0});
   request.kind = "cpu";
   EXPECT_EQ(PlanJob(request)->compute(), "fp32");
