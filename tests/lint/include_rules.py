@@ -36,7 +36,7 @@ EDGES = [
     ("prometheus-cpp", r"prometheus/", ["common/metrics"]),
     ("yaml-cpp", r"yaml-cpp/", ["common/spec", "clients"]),
     ("CLI11", r"CLI/", ["clients", "coordinator/main.cc", "coordinator/prepare", "worker/agent", "worker/trainer"]),
-    ("CUDA", r"(cuda|nccl|cudnn|cublas)[a-z_0-9A-Z]*(\.h|/)", ["worker/trainer/cuda", "worker/trainer/kernels/cuda", "worker/trainer/comm/cuda", "worker/trainer/comm/nccl"]),
+    ("CUDA", r"(cuda|nccl|cudnn|cublas)[a-z_0-9A-Z]*(\.h|/)", ["worker/trainer/cuda", "worker/trainer/kernels/cuda", "worker/trainer/comm/nccl"]),
     ("SentencePiece", r"sentencepiece", ["common/text"]),
 ]
 
@@ -44,7 +44,7 @@ EDGES = [
 PURE = ["common/pipeline", "common/data", "coordinator/core"]
 IMPURE = re.compile(
     r"(fstream|iostream|filesystem|thread|mutex|shared_mutex|condition_variable|future|chrono|ctime|time\.h|random_device|unistd\.h|fcntl\.h|poll\.h|netdb\.h|dlfcn\.h)$"
-    r"|(sys|netinet|arpa|linux)/|absl/(synchronization/|time/clock\.h)|common/(base/(files|logging|clock|event_loop)|net/|metrics/|text/)")
+    r"|(sys|netinet|arpa|linux)/|absl/(synchronization/|time/clock\.h)|common/(base/(files|logging|process)|net/|metrics/|text/)")
 
 # One protobuf a process, and none beside these.
 NO_PROTOBUF = ["common/text", "coordinator/prepare", "worker/trainer/model", "worker/trainer/kernels"]
