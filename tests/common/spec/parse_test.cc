@@ -438,6 +438,27 @@ TEST(Parse, DamagedFilesAreRefusedOrValid) {
   EXPECT_GT(valid, 10);
 }
 
+TEST(NearestName, FindsSlipsAndBeginningsButNothingFarFetched) {
+  const std::vector<std::string> models = {"llama-3.2-1b-instruct", "stories15M", "tiny"};
+  EXPECT_EQ(NearestName("lama-3.2-1b-instrct", models), "llama-3.2-1b-instruct");
+  EXPECT_EQ(NearestName("Stories-15m", models), "stories15M");
+  EXPECT_EQ(NearestName("llama-3.2-1b", models), "llama-3.2-1b-instruct") << "the only one that begins so";
+  EXPECT_EQ(NearestName("sto", models), "stories15M");
+  EXPECT_EQ(NearestName("qwen-2.5-1b-instruct", models), "") << "alike in its end alone";
+  EXPECT_EQ(NearestName("s", models), "");
+  EXPECT_EQ(NearestName("", models), "");
+  EXPECT_EQ(NearestName("toy", {"tin"}), "");
+  EXPECT_EQ(NearestName("train", {"train-a.jsonl", "train-b.jsonl"}), "") << "two begin so";
+  EXPECT_EQ(NearestName("train-", {"train-a.jsonl", "train-a.jsonl"}), "train-a.jsonl") << "one name of two contents";
+  EXPECT_EQ(NearestName("job-k3x9a2b8", {"job-qqqqqqqq", "job-k3x9a2b7"}), "job-k3x9a2b7");
+  EXPECT_EQ(NearestName("job-aaaaaaaa", {"job-k3x9a2b7"}), "");
+  EXPECT_EQ(NearestName(std::string(100000, 'a'), {std::string(100000, 'b')}), "");
+  EXPECT_EQ(NotThere("job", "demmo", {"demo"}, "ppctl list"), "no job \"demmo\"; did you mean \"demo\"? See `ppctl list`");
+  EXPECT_EQ(UseOneOf("jsn", {"table", "json", "name"}), "; did you mean json? Use table, json or name");
+  EXPECT_EQ(UseOneOf("xml", {"json"}), ": use json");
+  EXPECT_EQ(NotThere("job", "other", {"demo"}, "ppctl list"), "no job \"other\": see `ppctl list`");
+}
+
 TEST(Nearest, FindsSlipsAndNothingElse) {
   EXPECT_EQ(EditDistance("kitten", "sitting"), 3);
   EXPECT_EQ(EditDistance("ab", "ba"), 1);
