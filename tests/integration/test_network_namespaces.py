@@ -86,7 +86,7 @@ def test_a_pipeline_over_two_hosts(hosts, certificates, tiny, tmp_path):
         ppctl("submit", "job.yaml", "--follow")
         job = json.loads(ppctl("list", "-o", "json"))["jobs"][0]
         assert {entry["worker"] for entry in job["status"]["assignment"]} == {"worker-0", "worker-1"}
-        fetch = f"import urllib.request; print(urllib.request.urlopen('http://{NETWORK}.1:7071/sd', timeout=60).read().decode())"
+        fetch = f"from urllib.request import *; print(build_opener(ProxyHandler({{}})).open('http://{NETWORK}.1:7071/sd', timeout=60).read().decode())"
         groups = json.loads(subprocess.run(["ip", "netns", "exec", hosts[1], sys.executable, "-c", fetch], check=True, capture_output=True, text=True).stdout)
         assert {group["targets"][0].split(":")[0] for group in groups} == addresses
     finally:
