@@ -19,8 +19,7 @@ def test_a_second_job_waits_for_the_slots_of_the_first_and_then_runs(service, ti
     first = service.submit(spec_of(service, tiny, 50000, name="first"))
     wait_for("the first to run", lambda: service.state(first) == "RUNNING", every=0.02)
     second = service.submit(spec_of(service, tiny, 20, name="second"))
-    wait_for("the second to wait", lambda: service.state(second) == "QUEUED", every=0.02)
-    waiting = service.status(second)
+    waiting = wait_for("the second to have a place", lambda: (status := service.status(second))["state"].endswith("QUEUED") and int(status["queue_position"]) > 0 and status, every=0.02)
     assert int(waiting["queue_position"]) == 1
     assert "device" in waiting["reason"]["message"]
     service.ppctl("cancel", first)
