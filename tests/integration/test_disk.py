@@ -57,7 +57,7 @@ def paused_for_disk(cluster, job):
 def test_a_full_disk_pauses_what_runs_and_what_waits_until_there_is_room(small_disk, tiny):
     cluster = small_disk
     adopt(cluster, tiny)
-    spec = make_spec(tiny, write_rows(cluster.dir / "train.jsonl", short_rows(32)), training={"max_steps": 800}, checkpoint={"save_steps": 10})
+    spec = make_spec(tiny, write_rows(cluster.dir / "train.jsonl", short_rows(32)), training={"max_steps": 1600}, checkpoint={"save_steps": 10})
     running = cluster.submit(spec)
     waiting = cluster.submit(merge(spec, {"name": "waiting", "training": {"max_steps": 10}}))
     wait_for("a checkpoint", lambda: int(cluster.status(running).get("checkpoint_step", 0)) >= 10, every=0.05)
@@ -77,7 +77,7 @@ def test_a_full_disk_pauses_what_runs_and_what_waits_until_there_is_room(small_d
     for job in (running, waiting):
         cluster.finish(job)
     assert int(cluster.status(running).get("restarts", 0)) == 0, "a full disk is nobody's failure"
-    assert len(losses_of(cluster.fetch(running))) == 800, "a step is missing or there twice"
+    assert len(losses_of(cluster.fetch(running))) == 1600, "a step is missing or there twice"
 
 
 def named_contents(data):

@@ -1,4 +1,6 @@
 """Replicas x stages x ZeRO, recomputation and narrow types through the service: the same curve in every layout."""
+import contextlib
+
 import pytest
 import torch
 
@@ -58,12 +60,17 @@ def test_recomputation_changes_no_loss(cluster, plain, mode):
 def test_a_job_goes_on_in_its_mesh_after_a_kill(cluster, plain):
     spec = laid_out(plain[0], 2, 2, 3, training={"max_steps": 150, "gradient_accumulation_steps": EFFECTIVE // 2})
     _, undisturbed = run(cluster, spec)
-    job = cluster.submit(spec)
-    wait_for("a checkpoint", lambda: int(cluster.status(job).get("checkpoint_step", 0)) >= 10, every=0.02)
-    os.kill(cluster.trainers()[0], signal.SIGKILL)
-    cluster.finish(job)
-    assert losses_of(cluster.fetch(job)) == undisturbed
+    for _ in range(10):  # again where the machine was busy with other things until the job was over
+        job = cluster.submit(spec)
+        wait_for("a checkpoint", lambda: int(cluster.status(job).get("checkpoint_step", 0)) >= 10, every=0.02)
+        for trainer in cluster.trainers()[:1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(trainer, signal.SIGKILL)
+        cluster.finish(job)
+        if int(cluster.status(job)["restarts"]) > 0:
+            break
     assert int(cluster.status(job)["restarts"]) >= 1
+    assert losses_of(cluster.fetch(job)) == undisturbed
 
 
 def test_bf16_and_a_static_fp16_scale_follow_fp32(cluster, plain):
