@@ -19,6 +19,7 @@ import xml.etree.ElementTree
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TIMES = ROOT / "build" / "log" / "times.json"  # seconds of each Python file in earlier runs
 PROGRAM_SECONDS, PYTHON_SECONDS = 3600, 4 * 3600  # for hangs: a slow machine takes three times as long as a usual one
+FEW_THREADS = {"OMP_NUM_THREADS": str(min(4, len(os.sched_getaffinity(0))))}  # a machine may show 64 cores and give the time of two
 LANE_GIB = 3  # a lane's pytest, a cluster and its trainers
 Case = collections.namedtuple("Case", "name result text")  # result: passed | failed | skipped
 
@@ -135,7 +136,7 @@ def run_program(name, command, folder, regex, console):
         chosen = [] if len(wanted) == len(names) else ["--gtest_filter=" + ":".join(wanted)]
         scratch = pathlib.Path(out) / "tmp"
         scratch.mkdir()
-        environment = {**os.environ, "TEST_TMPDIR": f"{scratch}/", "TMPDIR": str(scratch)}
+        environment = {**os.environ, **FEW_THREADS, "TEST_TMPDIR": f"{scratch}/", "TMPDIR": str(scratch)}
         code = run([*command, *chosen, f"--gtest_output=json:{report}"], console, name, PROGRAM_SECONDS, cwd=folder, environment=environment)
         cases = []
         if report.exists():
@@ -167,8 +168,8 @@ def run_programs(regex, console):
 def run_lane(number, regex, console, shared):
     """One pytest process over the files that no other has taken; its cases, and seconds by file."""
     report = shared / f"report-{number}.xml"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tests", "PPFT_TEST_REGEX": regex.pattern, "PPFT_TEST_LANES": str(shared), "HF_HUB_OFFLINE": "1",
-                   "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, **FEW_THREADS, "PYTHONPATH": f"{ROOT}/tests", "PPFT_TEST_REGEX": regex.pattern, "PPFT_TEST_LANES": str(shared), "HF_HUB_OFFLINE": "1",
+                   "PYTHONDONTWRITEBYTECODE": "1", "TORCHINDUCTOR_CACHE_DIR": f"{shared}/inductor"}  # else torch asks for the user's name, which not every container has
     # The folders of cases that passed go at once, the others with the run: together they would take a gigabyte.
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "lanes", "-q", "--tb=short", "-rfEs", f"--junitxml={report}", "-o", "junit_family=xunit1",
                f"--basetemp={shared}/files-{number}", "-o", "tmp_path_retention_policy=failed", "tests"]

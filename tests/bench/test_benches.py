@@ -18,7 +18,7 @@ from workload import SHAPES, adapter_weights, step_flops
 
 def run(tmp_path, bench, *flags):
     out = tmp_path / "out.jsonl"
-    done = subprocess.run([sys.executable, HERE / bench, "--device", "cpu", "--shape", "tiny", "--json", out, *flags], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, HERE / bench, "--device", "cpu", "--shape", "tiny", "--limit", "900", "--json", out, *flags], capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [json.loads(line) for line in out.read_text().splitlines()], done.stdout
 
@@ -79,7 +79,7 @@ def line(side, speed=None, peak=None, **more):
 
 def test_fetch_and_start(tmp_path):
     make_apart(tmp_path / "models" / "tiny", "tiny", HERE.parents[1] / ".deps" / "models" / "stories15M")
-    done = subprocess.run([sys.executable, HERE / "fetch_start", tmp_path / "models" / "tiny"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, HERE / "fetch_start", tmp_path / "models" / "tiny"], capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["case"] for line in lines] == ["nothing-cached", "cached"]
