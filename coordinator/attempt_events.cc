@@ -20,7 +20,7 @@ void JobController::DecideStarts() {
   if (queued.empty()) return;
   const auto plan = [this](const v1::JobRecord& record, const std::vector<OfferedDevice>& devices, const std::string& kind) {
     const auto model = Model(record.job().spec().model().base_model());
-    if (!model.ok()) return PlanAttempt{absl::nullopt, 0, std::string(model.status().message())};
+    if (!model.ok()) return PlanAttempt{std::nullopt, 0, std::string(model.status().message())};
     return plan_(record, **model, devices, kind);
   };
   for (QueueDecision& decision : DecideQueue(queued, FreeDevices(), AllDevices(), GpusAway(), plan, now_unix_ms())) {

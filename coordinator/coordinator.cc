@@ -13,10 +13,9 @@
 #include <nlohmann/json.hpp>
 #include <system_error>
 
-#include "absl/strings/match.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "common/base/address.h"
 #include "common/base/files.h"
 #include "common/base/status.h"
 #include "common/net/channel.h"
@@ -30,31 +29,15 @@ namespace {
 constexpr std::chrono::milliseconds kCallGrace(500);  // for calls under way when the server stops
 constexpr int64_t kMaxPemBytes = 1 << 20;
 
-struct HostPort {
-  std::string host;
-  std::string port;
-};
-
-absl::StatusOr<HostPort> Split(const std::string& listen) {
-  const size_t colon = listen.rfind(':');
-  int port = -1;
-  if (colon == std::string::npos || colon == 0 || !absl::SimpleAtoi(listen.substr(colon + 1), &port) || port < 0 || port > 65535) {
-    return absl::InvalidArgumentError(absl::StrCat("--listen ", listen, " is not HOST:PORT (such as 127.0.0.1:7070)"));
-  }
-  return HostPort{listen.substr(0, colon), listen.substr(colon + 1)};
-}
-
-bool IsLoopback(absl::string_view host) { return absl::StartsWith(host, "127.") || host == "localhost" || host == "[::1]"; }
+absl::StatusOr<Address> ParseListen(const std::string& listen) { return ParseAddress(listen, "--listen", /*least_port=*/0); }
 
 // Why the address could not be bound, from the system itself.
-std::string BindError(const HostPort& address) {
-  std::string host = address.host;
-  if (absl::StartsWith(host, "[") && absl::EndsWith(host, "]")) host = host.substr(1, host.size() - 2);
+std::string BindError(const Address& address) {
   addrinfo hints{};
   hints.ai_socktype = SOCK_STREAM;
   hints.ai_flags = AI_PASSIVE;
   addrinfo* found = nullptr;
-  if (const int code = getaddrinfo(host.c_str(), address.port.c_str(), &hints, &found); code != 0) return gai_strerror(code);
+  if (const int code = getaddrinfo(address.host.c_str(), absl::StrCat(address.port).c_str(), &hints, &found); code != 0) return gai_strerror(code);
   Fd probe(socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
   std::string error;
   if (bind(probe.get(), found->ai_addr, found->ai_addrlen) != 0) error = std::strerror(errno);
@@ -95,10 +78,10 @@ absl::Status CheckFilesFolder(const std::string& data_dir) {
                                                     " is not: mount the disk of the files; if they are lost for good, make that folder and start again"));
 }
 
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const TlsFiles& tls) {
+absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const net::TlsFiles& tls) {
   if (tls.empty()) return grpc::InsecureServerCredentials();
   grpc::SslServerCredentialsOptions options(GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
-  PPFT_ASSIGN_OR_RETURN(options.pem_root_certs, ReadFile(tls.client_ca, kMaxPemBytes));
+  PPFT_ASSIGN_OR_RETURN(options.pem_root_certs, ReadFile(tls.ca, kMaxPemBytes));
   grpc::SslServerCredentialsOptions::PemKeyCertPair pair;
   PPFT_ASSIGN_OR_RETURN(pair.cert_chain, ReadFile(tls.certificate, kMaxPemBytes));
   PPFT_ASSIGN_OR_RETURN(pair.private_key, ReadFile(tls.key, kMaxPemBytes));
@@ -108,8 +91,8 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const TlsFi
 
 }  // namespace
 
-absl::Status CheckListen(const std::string& listen, const TlsFiles& tls) {
-  PPFT_ASSIGN_OR_RETURN(const HostPort address, Split(listen));
+absl::Status CheckListen(const std::string& listen, const net::TlsFiles& tls) {
+  PPFT_ASSIGN_OR_RETURN(const Address address, ParseListen(listen));
   if (!tls.empty() && !tls.complete()) return absl::InvalidArgumentError("--tls_cert, --tls_key and --tls_client_ca belong together: give all three or none");
   if (IsLoopback(address.host) || tls.complete()) return absl::OkStatus();
   return absl::FailedPreconditionError(
@@ -175,7 +158,7 @@ absl::Status Coordinator::Serve(const CoordinatorOptions& options) {
   grpc::ServerBuilder builder;
   net::ApplyServerLimits(&builder);
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error, never shared
-  PPFT_ASSIGN_OR_RETURN(const HostPort address, Split(options.listen));
+  PPFT_ASSIGN_OR_RETURN(const Address address, ParseListen(options.listen));
   PPFT_ASSIGN_OR_RETURN(const std::shared_ptr<grpc::ServerCredentials> credentials, Credentials(options.tls));
   int port = 0;
   builder.AddListeningPort(options.listen, credentials, &port);
@@ -190,7 +173,7 @@ absl::Status Coordinator::Serve(const CoordinatorOptions& options) {
   if (server_ == nullptr || port == 0) {
     return absl::UnavailableError(absl::StrCat("cannot listen on ", options.listen, ": ", BindError(address), "; choose another --listen"));
   }
-  address_ = absl::StrCat(address.host, ":", port);
+  address_ = FormatAddress(address.host, port);
   return absl::OkStatus();
 }
 

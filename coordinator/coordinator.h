@@ -10,6 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "common/metrics/metrics.h"
+#include "common/net/channel.h"
 #include "coordinator/artifacts/artifacts.h"
 #include "coordinator/job_controller.h"
 #include "coordinator/service/cluster_service.h"
@@ -18,14 +19,6 @@
 
 namespace ppft::coordinator {
 
-struct TlsFiles {
-  std::string certificate;  // PEM, of the server
-  std::string key;          // PEM
-  std::string client_ca;    // PEM: callers must show a certificate of this authority
-  bool complete() const { return !certificate.empty() && !key.empty() && !client_ca.empty(); }
-  bool empty() const { return certificate.empty() && key.empty() && client_ca.empty(); }
-};
-
 struct CoordinatorOptions {
   std::string version;
   std::string data_dir;
@@ -33,12 +26,12 @@ struct CoordinatorOptions {
   std::string metrics_listen = "127.0.0.1:7071";  // port 0 = any
   std::vector<std::string> model_roots;
   std::string prepare_binary;
-  TlsFiles tls;
+  net::TlsFiles tls;  // `ca`: callers must show a certificate of this authority
   ControllerOptions controller;
 };
 
 // INVALID_ARGUMENT: not HOST:PORT; FAILED_PRECONDITION: other hosts could reach it, and there is no TLS.
-absl::Status CheckListen(const std::string& listen, const TlsFiles& tls);
+absl::Status CheckListen(const std::string& listen, const net::TlsFiles& tls);
 
 class Coordinator {
  public:

@@ -13,13 +13,13 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
 #include <tuple>
 #include <vector>
 
-#include "absl/types/optional.h"
 #include "common/metrics/metrics.h"
 #include "coordinator/controller.h"
 #include "coordinator/core/cause.h"
@@ -136,7 +136,7 @@ class JobController : public Controller {
     absl::Time failure_deadline;
     int checks_running = 0;                           // of the files that the attempt goes on from: its failures wait for them
     std::vector<v1::CheckpointManifest> checkpoints;  // by step; the damaged ones are in the store alone
-    absl::optional<TraceRun> trace;                   // kept over attempts
+    std::optional<TraceRun> trace;                    // kept over attempts
     std::map<int64_t, absl::Time> first_written;      // checkpoint step -> when the first rank's file came
     int64_t queued_unix_ms = 0;
     int64_t work_id = 0;  // of the preparation or assembly under way; 0 = none

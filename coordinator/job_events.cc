@@ -60,7 +60,7 @@ absl::StatusOr<const v1::ModelRecord*> JobController::Model(const std::string& n
 }
 
 absl::StatusOr<v1::Job> JobController::Submit(const v1::JobSpec& spec, const std::string& request_id, const std::string& payload_sha256) {
-  PPFT_ASSIGN_OR_RETURN(const absl::optional<std::string> first, store_->FindRequest("SubmitJob", request_id, payload_sha256));
+  PPFT_ASSIGN_OR_RETURN(const std::optional<std::string> first, store_->FindRequest("SubmitJob", request_id, payload_sha256));
   if (first.has_value()) return jobs_.at(*first).record.job();
   if (disk_.full) {
     return absl::ResourceExhaustedError(absl::StrCat("DISK_FULL: the coordinator's disk has ", disk_.free_bytes, " bytes free and takes no job below ",
@@ -96,7 +96,7 @@ absl::StatusOr<v1::Job> JobController::Submit(const v1::JobSpec& spec, const std
 
 absl::StatusOr<v1::Job> JobController::Cancel(const std::string& id, const std::string& request_id, const std::string& payload_sha256) {
   if (!request_id.empty()) {
-    PPFT_ASSIGN_OR_RETURN(const absl::optional<std::string> first, store_->FindRequest("CancelJob", request_id, payload_sha256));
+    PPFT_ASSIGN_OR_RETURN(const std::optional<std::string> first, store_->FindRequest("CancelJob", request_id, payload_sha256));
     if (first.has_value()) return jobs_.at(*first).record.job();
   }
   PPFT_ASSIGN_OR_RETURN(const v1::Job* found, FindJob(id));

@@ -1,31 +1,20 @@
 // ppft-coordinator: accepts jobs, plans them, keeps all state, and tells the workers what to run.
-#include <pthread.h>
 #include <signal.h>
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
-#include <filesystem>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "common/base/logging.h"
-#include "common/base/stopping.h"
+#include "common/base/process.h"
 #include "coordinator/coordinator.h"
 
 namespace {
 
 constexpr absl::Duration kMostGpuWait = absl::Hours(8760);
 
-std::string BesideThisBinary(const std::string& name) {
-  std::error_code error;
-  const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
-  return (error ? std::filesystem::path(name) : self.parent_path() / name).string();
-}
-
-int Fail(const absl::Status& status) {
-  std::fprintf(stderr, "ppft-coordinator: %s\n", std::string(status.message()).c_str());
-  return absl::IsInvalidArgument(status) ? 2 : 1;
-}
+int Fail(const absl::Status& status) { return ppft::ReportFailure("ppft-coordinator", status); }
 
 }  // namespace
 
@@ -34,7 +23,7 @@ int main(int argc, char** argv) {
   ppft::coordinator::CoordinatorOptions options;
   options.version = PPFT_VERSION;
   options.data_dir = "ppft-data";
-  options.prepare_binary = BesideThisBinary("ppft-prepare");
+  options.prepare_binary = ppft::BesideThisBinary("ppft-prepare");
   CLI::App app("Accepts fine-tuning jobs, plans them over the workers' devices and keeps all state.");
   app.add_option("--data_dir", options.data_dir, "folder of all state: database, datasets, checkpoints, artifacts")->capture_default_str();
   app.add_option("--listen", options.listen, "HOST:PORT of the service; port 0 = any")->capture_default_str();
@@ -46,7 +35,7 @@ int main(int argc, char** argv) {
   app.add_option("--prepare", options.prepare_binary, "the ppft-prepare binary; default: beside this one");
   app.add_option("--tls_cert", options.tls.certificate, "PEM certificate of the server; needed to listen beyond this host");
   app.add_option("--tls_key", options.tls.key, "PEM key of the server");
-  app.add_option("--tls_client_ca", options.tls.client_ca, "PEM authority whose certificates callers must show");
+  app.add_option("--tls_client_ca", options.tls.ca, "PEM authority whose certificates callers must show");
   app.set_version_flag("--version", PPFT_VERSION);
   try {
     app.parse(argc, argv);
@@ -59,14 +48,7 @@ int main(int argc, char** argv) {
     return Fail(absl::InvalidArgumentError(absl::StrCat("--gpu_wait ", gpu_wait, ": write a time with its unit from 0s to 8760h, such as 30m or 2h")));
   }
 
-  // Blocked before any thread starts; this one waits for them.
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
-  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  signal(SIGPIPE, SIG_IGN);
-
+  const sigset_t signals = ppft::BlockStopSignals();
   auto coordinator = ppft::coordinator::Coordinator::Start(options);
   if (!coordinator.ok()) return Fail(coordinator.status());
   std::printf("listening on %s metrics on %s\n", (*coordinator)->address().c_str(), (*coordinator)->metrics_address().c_str());

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/base/format.h"
 #include "common/base/logging.h"
 #include "coordinator/core/checkpoints.h"
 #include "coordinator/core/job_state.h"
@@ -156,7 +157,7 @@ void JobController::OnCheckpoint(JobEntry& job, const v1::RankReport& report) {
   for (const RankReportRow& row : *rows) {
     if (row.step == step) written[row.rank] = row.report.checkpoint();
   }
-  absl::optional<v1::CheckpointManifest> manifest = JoinCheckpoint(job.record.plan(), written);
+  std::optional<v1::CheckpointManifest> manifest = JoinCheckpoint(job.record.plan(), written);
   if (manifest.has_value()) CommitCheckpoint(job, *std::move(manifest));
 }
 

@@ -3,6 +3,7 @@
 #include "absl/strings/str_join.h"
 #include "clients/ppctl/commands.h"
 #include "clients/ppctl/format.h"
+#include "common/base/format.h"
 #include "common/base/status.h"
 
 namespace ppft::ctl {

@@ -1,6 +1,7 @@
 #include "clients/ppctl/context.h"
 
 #include <google/protobuf/util/json_util.h>
+#include <yaml-cpp/yaml.h>
 
 #include <algorithm>
 #include <map>
@@ -16,7 +17,9 @@
 #include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
 #include "clients/ppctl/format.h"
+#include "common/base/address.h"
 #include "common/base/files.h"
+#include "common/base/format.h"
 #include "common/base/status.h"
 #include "common/net/channel.h"
 #include "common/net/status.h"
@@ -27,40 +30,49 @@ namespace {
 
 using OrderedJson = nlohmann::ordered_json;
 
-// Text as YAML: bare when no YAML version can take it for something else. Whole numbers stay bare, since proto JSON writes 64-bit ones as text.
-std::string YamlScalar(const OrderedJson& value) {
-  if (!value.is_string()) return value.dump();
-  const std::string text = value;
+// Can no YAML version take the bare text for something else? Whole numbers stay bare, since proto JSON writes 64-bit ones as text.
+bool IsBare(const std::string& text) {
   int64_t number;
-  if (text.size() < 20 && absl::SimpleAtoi(text, &number) && absl::StrCat(number) == text) return text;
-  const bool plain = !text.empty() && absl::ascii_isalpha(text[0]) &&
-                     std::all_of(text.begin(), text.end(), [](char c) { return absl::ascii_isalnum(c) || c == '_' || c == '-' || c == '.' || c == '/'; });
+  if (text.size() < 20 && absl::SimpleAtoi(text, &number) && absl::StrCat(number) == text) return true;
   for (const char* special : {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}) {
-    if (absl::EqualsIgnoreCase(text, special)) return value.dump();
+    if (absl::EqualsIgnoreCase(text, special)) return false;
   }
-  return plain ? text : value.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
+  return !text.empty() && absl::ascii_isalpha(text[0]) &&
+         std::all_of(text.begin(), text.end(), [](char c) { return absl::ascii_isalnum(c) || c == '_' || c == '-' || c == '.' || c == '/'; });
 }
 
-void AppendYaml(const OrderedJson& value, const std::string& first, const std::string& indent, std::string* out) {
-  std::string lead = first;
-  const auto child = [&](const std::string& head, const OrderedJson& item, const std::string& deeper) {
-    if (!item.is_structured() || item.empty()) {
-      absl::StrAppend(out, lead, head, " ", YamlScalar(item), "\n");
-    } else if (head == "-") {
-      AppendYaml(item, lead + "- ", deeper, out);
-    } else {
-      absl::StrAppend(out, lead, head, "\n");
-      AppendYaml(item, deeper, deeper, out);
-    }
-    lead = indent;
-  };
+void Emit(const std::string& text, YAML::Emitter* out) {
+  if (!IsBare(text)) *out << YAML::DoubleQuoted;
+  *out << text;
+}
+
+void Emit(const OrderedJson& value, YAML::Emitter* out) {
   if (value.is_object()) {
-    for (const auto& [key, item] : value.items()) child(YamlScalar(OrderedJson(key)) + ":", item, indent + "  ");
+    *out << YAML::BeginMap;
+    for (const auto& [key, item] : value.items()) {
+      *out << YAML::Key;
+      Emit(key, out);
+      *out << YAML::Value;
+      Emit(item, out);
+    }
+    *out << YAML::EndMap;
   } else if (value.is_array()) {
-    for (const auto& item : value) child("-", item, indent + "  ");
+    *out << YAML::BeginSeq;
+    for (const OrderedJson& item : value) Emit(item, out);
+    *out << YAML::EndSeq;
+  } else if (value.is_string()) {
+    Emit(value.get_ref<const std::string&>(), out);
+  } else if (value.is_null()) {
+    *out << YAML::Null;
   } else {
-    absl::StrAppend(out, lead, YamlScalar(value), "\n");
+    *out << value.dump();
   }
+}
+
+std::string YamlOf(const OrderedJson& value) {
+  YAML::Emitter out;
+  Emit(value, &out);
+  return absl::StrCat(out.c_str(), "\n");
 }
 
 // By field: what the newest plan made of each "auto" in the spec. Empty before the first plan.
@@ -135,11 +147,7 @@ std::atomic<bool>& Interrupted() {
 }
 
 absl::Status Context::Connect() {
-  const size_t colon = server.rfind(':');
-  int port = 0;
-  if (colon == std::string::npos || colon == 0 || !absl::SimpleAtoi(server.substr(colon + 1), &port) || port < 1 || port > 65535) {
-    return absl::InvalidArgumentError(absl::StrCat("\"", server, "\" is not an address: use --server HOST:PORT, such as 127.0.0.1:7070"));
-  }
+  PPFT_RETURN_IF_ERROR(ParseAddress(server, "--server").status());
   net::ChannelOptions options;
   PPFT_ASSIGN_OR_RETURN(options.credentials, net::LoadCredentials(tls, "--tls-"));
   if (!token_file.empty()) {
@@ -225,15 +233,13 @@ bool Context::PrintJson(const std::string& json) {
     return true;
   }
   if (format != Format::kYaml) return false;
-  std::string text;
-  AppendYaml(value, "", "", &text);
-  out() << text;
+  out() << YamlOf(value);
   return true;
 }
 
 bool Context::ServerIsLoopback() const {
-  const absl::string_view host = absl::string_view(server).substr(0, server.rfind(':'));
-  return absl::StartsWith(host, "127.") || host == "localhost" || host == "[::1]";
+  const absl::StatusOr<Address> address = ParseAddress(server, "--server");
+  return address.ok() && IsLoopback(address->host);
 }
 
 std::string NewRequestId() {
@@ -256,14 +262,12 @@ std::string ToJson(const google::protobuf::Message& message, bool pretty) {
 }
 
 std::string ToYamlText(const google::protobuf::Message& message) {
-  std::string text;
   if (message.GetDescriptor() == v1::Job::descriptor()) {
     v1::Job job;
     job.CopyFrom(message);
     const std::string spec = spec::ToYaml(job.spec(), WhatAutoCameTo(job));
     job.clear_spec();
-    AppendYaml(OrderedJson::parse(ToJson(job, false)), "", "", &text);
-    text += "spec:\n";
+    std::string text = YamlOf(OrderedJson::parse(ToJson(job, false))) + "spec:\n";
     for (const absl::string_view line : absl::StrSplit(spec, '\n', absl::SkipEmpty())) absl::StrAppend(&text, "  ", line, "\n");
     return text;
   }
@@ -272,8 +276,7 @@ std::string ToYamlText(const google::protobuf::Message& message) {
     spec.CopyFrom(message);
     return spec::ToYaml(spec);
   }
-  AppendYaml(OrderedJson::parse(ToJson(message, false)), "", "", &text);
-  return text;
+  return YamlOf(OrderedJson::parse(ToJson(message, false)));
 }
 
 }  // namespace ppft::ctl

@@ -6,13 +6,13 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <ostream>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "absl/types/optional.h"
 #include "common/net/channel.h"
 #include "common/net/transfer.h"
 #include "google/protobuf/message.h"
@@ -87,6 +87,20 @@ class Context {
     return Retry([&](grpc::ClientContext* context) { return (stub->*method)(context, request, response); });
   }
   absl::Status Retry(const std::function<grpc::Status(grpc::ClientContext*)>& call);
+
+  // All pages of a list as one response.
+  template <typename Stub, typename Request, typename Response>
+  absl::Status CallPages(Stub* stub, grpc::Status (Stub::*method)(grpc::ClientContext*, const Request&, Response*), Request request, Response* all) {
+    request.set_page_size(1000);
+    do {
+      Response page;
+      if (absl::Status status = Call(stub, method, request, &page); !status.ok()) return status;
+      all->MergeFrom(page);
+      request.set_page_token(page.next_page_token());
+    } while (!request.page_token().empty());
+    all->clear_next_page_token();
+    return absl::OkStatus();
+  }
 
   // UNAVAILABLE becomes a sentence with the address and what to do.
   absl::Status Explain(const absl::Status& status) const;

@@ -6,6 +6,7 @@
 #include "clients/ppctl/commands.h"
 #include "clients/ppctl/format.h"
 #include "clients/ppctl/job_file.h"
+#include "common/base/format.h"
 #include "common/base/status.h"
 
 namespace ppft::ctl {
@@ -45,16 +46,8 @@ Result DataUpload(Context& context, const std::vector<std::string>& files) {
 }
 
 Result DataList(Context& context) {
-  v1::ListDatasetsRequest request;
-  request.set_page_size(1000);
   v1::ListDatasetsResponse all;
-  do {
-    v1::ListDatasetsResponse page;
-    PPFT_RETURN_IF_ERROR(context.Call(context.datasets(), &v1::DatasetService::StubInterface::ListDatasets, request, &page));
-    all.MergeFrom(page);
-    all.set_next_page_token("");
-    request.set_page_token(page.next_page_token());
-  } while (!request.page_token().empty());
+  PPFT_RETURN_IF_ERROR(context.CallPages(context.datasets(), &v1::DatasetService::StubInterface::ListDatasets, v1::ListDatasetsRequest(), &all));
   if (context.PrintMessage(all)) return kOk;
   std::vector<std::vector<std::string>> rows = {{"ID", "NAME", "SIZE", "CREATED"}};
   for (const v1::Dataset& dataset : all.datasets()) {

@@ -19,7 +19,9 @@
 #include "clients/ppctl/commands.h"
 #include "clients/ppctl/config.h"
 #include "clients/ppctl/format.h"
+#include "common/base/address.h"
 #include "common/base/files.h"
+#include "common/base/format.h"
 #include "common/base/status.h"
 
 namespace ppft::ctl {
@@ -57,12 +59,10 @@ class Findings {
   std::vector<Finding> list_;
 };
 
-std::string Gib(int64_t bytes) { return absl::StrFormat("%.1f GiB", static_cast<double>(bytes) / (1 << 30)); }
-
 std::string Signed(int64_t nanos) { return absl::StrFormat("%+.3f s", static_cast<double>(nanos) / 1e9); }
 
 void CheckDisk(const std::string& check, const std::string& where, int64_t free, const std::string& remedy, Findings* findings) {
-  const std::string message = absl::StrCat(Gib(free), " free ", where);
+  const std::string message = absl::StrCat(FormatBytes(free), " free ", where);
   if (free < kDiskFull) {
     findings->Fail(check, message, remedy);
   } else if (free < kDiskLow) {
@@ -186,8 +186,6 @@ void CheckWorker(const v1::Worker& worker, const std::string& ours, Findings* fi
   CheckHost(worker, check, findings);
 }
 
-bool IsLoopbackAddress(const std::string& address) { return absl::StartsWith(address, "127.") || address == "::1" || address == "localhost"; }
-
 // What only shows when workers are looked at together.
 void CheckTogether(const std::vector<v1::Worker>& ready, Findings* findings) {
   std::set<std::string> hosts, torches, nccls;
@@ -201,7 +199,7 @@ void CheckTogether(const std::vector<v1::Worker>& ready, Findings* findings) {
     findings->Fail("workers", absl::StrCat("NCCL ", absl::StrJoin(nccls, " and "), " do not talk to each other"), "install one torch on all hosts");
   if (hosts.size() < 2) return;
   for (const v1::Worker& worker : ready) {
-    if (!IsLoopbackAddress(worker.address())) continue;
+    if (!IsLoopback(worker.address())) continue;
     findings->Fail(absl::StrCat("worker ", worker.name()),
                    absl::StrCat("there are ", hosts.size(), " hosts, and its trainers listen at ", worker.address(), ", which others cannot reach"),
                    "start it with --address and the host's own address");

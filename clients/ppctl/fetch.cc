@@ -13,6 +13,7 @@
 #include "clients/ppctl/commands.h"
 #include "clients/ppctl/format.h"
 #include "common/base/files.h"
+#include "common/base/format.h"
 #include "common/base/status.h"
 
 namespace ppft::ctl {

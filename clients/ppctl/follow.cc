@@ -136,10 +136,10 @@ class Follower {
 
 }  // namespace
 
-absl::optional<std::string> ProgressLines::Next(const v1::Job& job, absl::Time now) {
+std::optional<std::string> ProgressLines::Next(const v1::Job& job, absl::Time now) {
   std::string line = StatusLine(job);
   const bool new_state = job.status().state() != state_;
-  if (line == line_ || (!new_state && now - printed_ < absl::Seconds(1))) return absl::nullopt;
+  if (line == line_ || (!new_state && now - printed_ < absl::Seconds(1))) return std::nullopt;
   state_ = job.status().state();
   printed_ = now;
   line_ = line;

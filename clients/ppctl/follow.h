@@ -1,10 +1,10 @@
 // Following a job to its end: over lost connections, with a bar on a terminal and plain lines elsewhere.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "absl/time/time.h"
-#include "absl/types/optional.h"
 #include "clients/ppctl/commands.h"
 
 namespace ppft::ctl {
@@ -13,7 +13,7 @@ namespace ppft::ctl {
 class ProgressLines {
  public:
   // The plain line to print now, if any: each new state at once, steps at most once a second.
-  absl::optional<std::string> Next(const v1::Job& job, absl::Time now);
+  std::optional<std::string> Next(const v1::Job& job, absl::Time now);
 
  private:
   v1::JobState state_ = v1::JOB_STATE_UNSPECIFIED;

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "common/base/format.h"
 
 namespace ppft::ctl {
 namespace {
@@ -14,16 +15,6 @@ namespace {
 constexpr char kSupervised[] = "\x1b[1;32m";
 constexpr char kAdded[] = "\x1b[2m";
 constexpr char kPlain[] = "\x1b[0m";
-
-std::string Scaled(double value, double unit, const char* const* names, int num_names) {
-  int i = 0;
-  while (i + 1 < num_names && std::abs(value) >= unit * 0.9995) {
-    value /= unit;
-    ++i;
-  }
-  const std::string number = i == 0 ? absl::StrFormat("%.0f", value) : absl::StrFormat("%.3g", value);
-  return absl::StrCat(number, names[i]);
-}
 
 // At most `width` columns.
 std::string Fit(const std::string& text, size_t width) {
@@ -42,14 +33,14 @@ std::string Fit(const std::string& text, size_t width) {
 
 }  // namespace
 
-std::string FormatBytes(int64_t bytes) {
-  static const char* const names[] = {" B", " kB", " MB", " GB", " TB"};
-  return Scaled(static_cast<double>(bytes), 1000, names, 5);
-}
-
 std::string FormatCount(double value) {
-  static const char* const names[] = {"", "k", "M", "B", "T"};
-  return Scaled(value, 1000, names, 5);
+  const char* unit = "";
+  for (const char* larger : {"k", "M", "B", "T"}) {
+    if (std::abs(value) < 999.5) break;
+    value /= 1000;
+    unit = larger;
+  }
+  return absl::StrCat(unit[0] == '\0' ? absl::StrFormat("%.0f", value) : absl::StrFormat("%.3g", value), unit);
 }
 
 std::string ShortDuration(absl::Duration duration) {
@@ -71,7 +62,7 @@ std::string FormatTime(const google::protobuf::Timestamp& time, absl::TimeZone z
 std::string HardwareText(const v1::Device& device) {
   std::vector<std::string> parts;
   if (device.threads() > 0) parts.push_back(absl::StrCat(device.threads(), device.threads() == 1 ? " thread" : " threads"));
-  if (device.memory_bytes() > 0) parts.push_back(absl::StrFormat("%.1f GiB", static_cast<double>(device.memory_bytes()) / (1 << 30)));
+  if (device.memory_bytes() > 0) parts.push_back(FormatBytes(device.memory_bytes()));
   if (!device.compute_capability().empty()) parts.push_back(absl::StrCat("compute capability ", device.compute_capability()));
   if (!device.driver().empty()) parts.push_back(absl::StrCat("driver ", device.driver()));
   return absl::StrJoin(parts, ", ");

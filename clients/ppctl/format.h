@@ -15,7 +15,6 @@
 
 namespace ppft::ctl {
 
-std::string FormatBytes(int64_t bytes);                                                // "61.2 MB"
 std::string FormatCount(double value);                                                 // "12", "3.4k", "1.24B"
 std::string ShortDuration(absl::Duration duration);                                    // "42s", "5m07s", "2h03m", "3d04h"
 std::string FormatLoss(double value);                                                  // four significant digits

@@ -13,6 +13,7 @@
 #include "clients/ppctl/follow.h"
 #include "clients/ppctl/format.h"
 #include "clients/ppctl/plot.h"
+#include "common/base/format.h"
 #include "common/base/status.h"
 #include "common/net/channel.h"
 #include "common/net/status.h"
@@ -79,23 +80,35 @@ void PrintJob(Context& context, const v1::Job& job) {
   context.out() << FormatTable(rows);
 }
 
-// Reads a job's stream of rows with seq to its end; with `follow` over lost connections too.
-template <typename Row, typename Open>
-Result ReadStream(Context& context, bool follow, const Open& open, const std::function<void(const Row&)>& print) {
-  int64_t after = 0;
+template <typename Request, typename Row>
+using StreamMethod = std::unique_ptr<grpc::ClientReaderInterface<Row>> (v1::JobService::StubInterface::*)(grpc::ClientContext*, const Request&);
+
+// Prints a job's stream of rows with seq to its end; with `follow` over lost connections too. `text`: a row as one line for people.
+template <typename Request, typename Row>
+Result PrintStream(Context& context, const std::string& id, bool follow, StreamMethod<Request, Row> method, std::string (*text)(const Row&)) {
+  PPFT_ASSIGN_OR_RETURN(const v1::Job job, FindJob(context, id));
+  Request request;
+  request.set_job_id(job.id());
+  request.set_follow(follow);
   net::Backoff backoff(absl::Milliseconds(250), absl::Seconds(5));
   bool told = false;
   for (const absl::Time start = absl::Now();;) {
     grpc::ClientContext call;
     net::SetDeadline(&call, follow ? absl::Hours(1) : std::max(context.timeout, absl::Minutes(5)));
-    auto stream = open(&call, after);
+    const auto stream = (context.jobs()->*method)(&call, request);
     Row row;
     while (stream->Read(&row)) {
-      after = std::max(after, row.seq());
+      request.set_after_seq(std::max(request.after_seq(), row.seq()));
       backoff.Reset();
       told = false;
       context.Reached();
-      print(row);
+      if (context.format == Format::kJson) {
+        context.out() << ToJson(row, false);
+      } else if (context.format == Format::kYaml) {
+        context.out() << "---\n" << ToYamlText(row);
+      } else {
+        context.out() << text(row) << "\n";
+      }
       context.out().flush();
     }
     const absl::Status status = net::StatusFromGrpc(stream->Finish());
@@ -108,13 +121,23 @@ Result ReadStream(Context& context, bool follow, const Open& open, const std::fu
   }
 }
 
+std::string EventText(const v1::Event& event) {
+  const std::string move = event.from() == event.to() ? "" : absl::StrCat("-> ", StateWord(event.to()), "  ");
+  const std::string step = event.step() > 0 ? absl::StrCat("step ", event.step(), "  ") : "";
+  return absl::StrCat(Time(event.time()), "  ", absl::StrFormat("%-12s", event.actor()), "  ", move, step, ReasonText(event.reason()));
+}
+
+std::string LogText(const v1::LogLine& line) {
+  return absl::StrCat(Time(line.time()), "  ", line.source(), "  ", line.severity() == "INFO" ? "" : absl::StrCat(line.severity(), "  "),
+                      Printable(line.text()));
+}
+
 std::string Optional(bool has, double value) { return has ? FormatLoss(value) : "-"; }
 
 }  // namespace
 
 Result ListJobs(Context& context, const ListOptions& options) {
   v1::ListJobsRequest request;
-  request.set_page_size(1000);
   for (const std::string& word : options.states) {
     PPFT_ASSIGN_OR_RETURN(const v1::JobState state, ParseState(word));
     request.add_states(state);
@@ -125,13 +148,7 @@ Result ListJobs(Context& context, const ListOptions& options) {
     (*request.mutable_labels())[pair[0]] = pair[1];
   }
   v1::ListJobsResponse all;
-  do {
-    v1::ListJobsResponse page;
-    PPFT_RETURN_IF_ERROR(context.Call(context.jobs(), &v1::JobService::StubInterface::ListJobs, request, &page));
-    all.MergeFrom(page);
-    all.set_next_page_token("");
-    request.set_page_token(page.next_page_token());
-  } while (!request.page_token().empty());
+  PPFT_RETURN_IF_ERROR(context.CallPages(context.jobs(), &v1::JobService::StubInterface::ListJobs, request, &all));
   if (context.PrintMessage(all)) return kOk;
   std::vector<std::vector<std::string>> rows = {{"ID", "NAME", "STATE", "PROGRESS", "CREATED"}};
   for (const v1::Job& job : all.jobs()) {
@@ -184,46 +201,11 @@ Result CancelJob(Context& context, const std::string& id) {
 }
 
 Result Events(Context& context, const std::string& id, bool follow) {
-  PPFT_ASSIGN_OR_RETURN(const v1::Job job, FindJob(context, id));
-  const auto open = [&](grpc::ClientContext* call, int64_t after) {
-    v1::StreamEventsRequest request;
-    request.set_job_id(job.id());
-    request.set_after_seq(after);
-    request.set_follow(follow);
-    return context.jobs()->StreamEvents(call, request);
-  };
-  return ReadStream<v1::Event>(context, follow, open, [&](const v1::Event& event) {
-    if (context.format == Format::kJson) {
-      context.out() << ToJson(event, false);
-    } else if (context.format == Format::kYaml) {
-      context.out() << "---\n" << ToYamlText(event);
-    } else {
-      const std::string move = event.from() == event.to() ? "" : absl::StrCat("-> ", StateWord(event.to()), "  ");
-      context.out() << Time(event.time()) << "  " << absl::StrFormat("%-12s", event.actor()) << "  " << move
-                    << (event.step() > 0 ? absl::StrCat("step ", event.step(), "  ") : "") << ReasonText(event.reason()) << "\n";
-    }
-  });
+  return PrintStream(context, id, follow, &v1::JobService::StubInterface::StreamEvents, EventText);
 }
 
 Result Logs(Context& context, const std::string& id, bool follow) {
-  PPFT_ASSIGN_OR_RETURN(const v1::Job job, FindJob(context, id));
-  const auto open = [&](grpc::ClientContext* call, int64_t after) {
-    v1::StreamLogsRequest request;
-    request.set_job_id(job.id());
-    request.set_after_seq(after);
-    request.set_follow(follow);
-    return context.jobs()->StreamLogs(call, request);
-  };
-  return ReadStream<v1::LogLine>(context, follow, open, [&](const v1::LogLine& line) {
-    if (context.format == Format::kJson) {
-      context.out() << ToJson(line, false);
-    } else if (context.format == Format::kYaml) {
-      context.out() << "---\n" << ToYamlText(line);
-    } else {
-      context.out() << Time(line.time()) << "  " << line.source() << "  " << (line.severity() == "INFO" ? "" : absl::StrCat(line.severity(), "  "))
-                    << Printable(line.text()) << "\n";
-    }
-  });
+  return PrintStream(context, id, follow, &v1::JobService::StubInterface::StreamLogs, LogText);
 }
 
 Result Metrics(Context& context, const MetricsOptions& options) {

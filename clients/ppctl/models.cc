@@ -6,6 +6,7 @@
 #include "clients/ppctl/commands.h"
 #include "clients/ppctl/format.h"
 #include "common/base/files.h"
+#include "common/base/format.h"
 #include "common/base/status.h"
 
 namespace ppft::ctl {
@@ -81,16 +82,8 @@ Result ModelsUpload(Context& context, const std::string& name, const std::string
 }
 
 Result ModelsList(Context& context) {
-  v1::ListModelsRequest request;
-  request.set_page_size(1000);
   v1::ListModelsResponse all;
-  do {
-    v1::ListModelsResponse page;
-    PPFT_RETURN_IF_ERROR(context.Call(context.models(), &v1::ModelService::StubInterface::ListModels, request, &page));
-    all.MergeFrom(page);
-    all.set_next_page_token("");
-    request.set_page_token(page.next_page_token());
-  } while (!request.page_token().empty());
+  PPFT_RETURN_IF_ERROR(context.CallPages(context.models(), &v1::ModelService::StubInterface::ListModels, v1::ListModelsRequest(), &all));
   if (context.PrintMessage(all)) return kOk;
   std::vector<std::vector<std::string>> rows = {{"NAME", "ARCHITECTURE", "PARAMETERS", "LAYERS", "CONTEXT", "TYPE", "SIZE"}};
   for (const v1::Model& model : all.models()) {

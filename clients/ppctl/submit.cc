@@ -1,11 +1,11 @@
 // submit, validate and plan: the commands that take a job.yaml.
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "clients/ppctl/commands.h"
 #include "clients/ppctl/follow.h"
 #include "clients/ppctl/format.h"
 #include "clients/ppctl/job_file.h"
+#include "common/base/format.h"
 #include "common/base/status.h"
 
 namespace ppft::ctl {
@@ -38,12 +38,6 @@ std::string Place(const v1::Plan& plan, int stage) {
   return places.empty() ? "-" : absl::StrJoin(places, ", ");
 }
 
-// As devices' sizes are told: "1.5 GiB", "320 MiB".
-std::string Memory(int64_t bytes) {
-  const double mib = static_cast<double>(bytes) / (1 << 20);
-  return mib >= 1024 ? absl::StrFormat("%.1f GiB", mib / 1024) : absl::StrFormat(mib >= 10 ? "%.0f MiB" : "%.1f MiB", mib);
-}
-
 std::string StageTable(const v1::Plan& plan) {
   std::vector<std::vector<std::string>> rows = {{"STAGE", "HOLDS", "SHARE", "ON"}};
   double total = 0;
@@ -61,9 +55,9 @@ std::string MemoryTable(const v1::Plan& plan) {
       {"RANK", "STAGES", "IN FLIGHT", "WEIGHTS", "ADAPTER", "ACTIVATIONS", "WORKSPACE", "TRANSFERS", "RUNTIME", "MEMORY"}};
   for (const v1::RankPlan& rank : plan.ranks()) {
     const v1::MemoryEstimate& memory = rank.memory();
-    rows.push_back({absl::StrCat(rank.rank()), absl::StrJoin(rank.stages(), ","), absl::StrCat(rank.peak_activations()), Memory(memory.weight_bytes()),
-                    Memory(memory.adapter_bytes()), Memory(memory.activation_bytes()), Memory(memory.workspace_bytes()), Memory(memory.transfer_bytes()),
-                    Memory(memory.runtime_bytes()), Memory(rank.peak_bytes())});
+    rows.push_back({absl::StrCat(rank.rank()), absl::StrJoin(rank.stages(), ","), absl::StrCat(rank.peak_activations()), FormatBytes(memory.weight_bytes()),
+                    FormatBytes(memory.adapter_bytes()), FormatBytes(memory.activation_bytes()), FormatBytes(memory.workspace_bytes()),
+                    FormatBytes(memory.transfer_bytes()), FormatBytes(memory.runtime_bytes()), FormatBytes(rank.peak_bytes())});
   }
   return FormatTable(rows);
 }

@@ -24,21 +24,6 @@ std::string ParentOf(const std::string& path) {
   return parent.empty() ? "." : parent;
 }
 
-absl::Status ReadExactly(int fd, const std::string& path, int64_t offset, std::string& out) {
-  size_t done = 0;
-  while (done < out.size()) {
-    const ssize_t got = pread(fd, out.data() + done, out.size() - done, offset + static_cast<int64_t>(done));
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return ErrnoStatus(errno, path);
-    if (got == 0) {
-      return absl::OutOfRangeError(
-          absl::StrCat(path, ": ends at byte ", offset + static_cast<int64_t>(done), ", expected ", offset + static_cast<int64_t>(out.size())));
-    }
-    done += static_cast<size_t>(got);
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace
 
 Fd& Fd::operator=(Fd&& other) noexcept {
@@ -76,12 +61,16 @@ absl::StatusOr<std::string> ReadFile(const std::string& path, int64_t max_bytes)
   }
 }
 
-absl::StatusOr<std::string> ReadRange(const std::string& path, int64_t offset, int64_t size) {
-  Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!fd) return ErrnoStatus(errno, path);
-  std::string out(static_cast<size_t>(size), '\0');
-  PPFT_RETURN_IF_ERROR(ReadExactly(fd.get(), path, offset, out));
-  return out;
+absl::Status ReadAt(int fd, char* out, int64_t size, int64_t offset, absl::string_view what) {
+  for (const int64_t end = offset + size; offset < end;) {
+    const ssize_t got = pread(fd, out, static_cast<size_t>(end - offset), offset);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return ErrnoStatus(errno, what);
+    if (got == 0) return absl::DataLossError(absl::StrCat(what, ": the file ends at byte ", offset, ", ", end - offset, " bytes too early"));
+    out += got;
+    offset += got;
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<int64_t> FileSize(const std::string& path) {

@@ -30,8 +30,8 @@ class Fd {
 };
 
 absl::StatusOr<std::string> ReadFile(const std::string& path, int64_t max_bytes = int64_t{1} << 32);
-// Exactly [offset, offset + size); OUT_OF_RANGE if the file is shorter.
-absl::StatusOr<std::string> ReadRange(const std::string& path, int64_t offset, int64_t size);
+// Exactly [offset, offset + size) of an open file into `out`; DATA_LOSS if the file ends before that. `what` begins the message.
+absl::Status ReadAt(int fd, char* out, int64_t size, int64_t offset, absl::string_view what);
 absl::StatusOr<int64_t> FileSize(const std::string& path);
 bool PathExists(const std::string& path);
 

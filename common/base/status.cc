@@ -8,9 +8,10 @@
 
 namespace ppft {
 
-absl::Status Annotate(const absl::Status& status, absl::string_view context) {
-  if (status.ok()) return status;
-  absl::Status out(status.code(), absl::StrCat(context, ": ", status.message()));
+absl::Status Annotate(const absl::Status& status, absl::string_view context) { return WithMessage(status, absl::StrCat(context, ": ", status.message())); }
+
+absl::Status WithMessage(const absl::Status& status, absl::string_view message) {
+  absl::Status out(status.code(), message);
   status.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) { out.SetPayload(url, payload); });
   return out;
 }

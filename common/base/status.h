@@ -13,6 +13,9 @@ namespace ppft {
 // The same code with `context: ` before the message; payloads are kept. OK stays OK.
 absl::Status Annotate(const absl::Status& status, absl::string_view context);
 
+// The same code and payloads with another message. OK stays OK.
+absl::Status WithMessage(const absl::Status& status, absl::string_view message);
+
 // FROM errno: ENOSPC -> RESOURCE_EXHAUSTED, ENOENT -> NOT_FOUND, EACCES/EROFS -> PERMISSION_DENIED, else INTERNAL. "what: No space left on device".
 absl::Status ErrnoStatus(int error, absl::string_view what);
 

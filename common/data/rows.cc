@@ -291,8 +291,4 @@ absl::StatusOr<RowTotals> MeasureRows(absl::string_view source, absl::string_vie
   return totals;
 }
 
-absl::Status CheckRows(absl::string_view source, absl::string_view bytes, absl::string_view type, const std::map<std::string, std::string>& field_map) {
-  return MeasureRows(source, bytes, type, field_map).status();
-}
-
 }  // namespace ppft::data

@@ -67,8 +67,6 @@ struct RowTotals {
 // Reads the whole file. INVALID_ARGUMENT: the first bad row, or a file without rows.
 absl::StatusOr<RowTotals> MeasureRows(absl::string_view source, absl::string_view bytes, absl::string_view type,
                                       const std::map<std::string, std::string>& field_map);
-// The same for those who only want to know whether all is well.
-absl::Status CheckRows(absl::string_view source, absl::string_view bytes, absl::string_view type, const std::map<std::string, std::string>& field_map);
 
 // "source: the dataset is empty: …"
 absl::Status EmptyDatasetError(absl::string_view source);

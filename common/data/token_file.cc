@@ -46,11 +46,6 @@ absl::StatusOr<absl::Span<const T>> Tensor(const Json& header, const std::string
   return absl::Span<const T>(reinterpret_cast<const T*>(start), count);
 }
 
-template <typename T>
-absl::string_view Bytes(absl::Span<const T> values) {
-  return absl::string_view(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
-}
-
 absl::Status CheckValues(const TokenRows& rows) {
   if (rows.offsets.size() != rows.rows.size() + 1) return Damaged("offsets must have one entry more than rows");
   if (rows.ids.size() != rows.supervised.size()) return Damaged("ids and supervised differ in length");
@@ -116,12 +111,6 @@ std::string TokenFileHeader(int64_t num_rows, int64_t num_tokens, const std::map
   const uint64_t size = text.size();
   std::string out(reinterpret_cast<const char*>(&size), sizeof(size));
   return out + text;
-}
-
-std::string SerializeTokenFile(const TokenRows& rows, const std::map<std::string, std::string>& metadata) {
-  std::string out = TokenFileHeader(rows.num_rows(), rows.num_tokens(), metadata);
-  absl::StrAppend(&out, Bytes(rows.offsets), Bytes(rows.rows), Bytes(rows.ids), Bytes(rows.supervised));
-  return out;
 }
 
 }  // namespace ppft::data

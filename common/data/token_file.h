@@ -38,7 +38,4 @@ absl::StatusOr<TokenFile> ParseTokenFile(absl::string_view bytes);
 // Everything up to the first tensor's bytes. The tensors follow in this order without gaps: offsets, rows, ids, supervised.
 std::string TokenFileHeader(int64_t num_rows, int64_t num_tokens, const std::map<std::string, std::string>& metadata);
 
-// A whole token file in memory.
-std::string SerializeTokenFile(const TokenRows& rows, const std::map<std::string, std::string>& metadata);
-
 }  // namespace ppft::data

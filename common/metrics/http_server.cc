@@ -6,10 +6,12 @@
 #include <chrono>
 #include <mutex>
 #include <thread>
+#include <utility>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "common/base/address.h"
+#include "common/base/status.h"
 #include "common/metrics/metrics.h"
 
 namespace ppft::metrics {
@@ -17,7 +19,8 @@ namespace ppft::metrics {
 struct HttpServer::Impl {
   std::shared_ptr<prometheus::Registry> registry;
   std::function<std::string()> service_discovery;
-  std::string address;
+  Address bound;
+  std::string address;  // the same as text
   mg_context* context = nullptr;
 };
 
@@ -34,12 +37,7 @@ int Respond(mg_connection* connection, absl::string_view type, const std::string
 
 absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const std::string& listen, std::shared_ptr<prometheus::Registry> registry,
                                                               std::function<std::string()> service_discovery) {
-  const size_t colon = listen.rfind(':');
-  int port = 0;
-  if (colon == std::string::npos || !absl::SimpleAtoi(listen.substr(colon + 1), &port) || port < 0 || port > 65535) {
-    return absl::InvalidArgumentError(absl::StrCat("metrics address \"", listen, "\" is not HOST:PORT"));
-  }
-  const std::string host = listen.substr(0, colon);
+  PPFT_ASSIGN_OR_RETURN(Address address, ParseAddress(listen, "--metrics_listen", /*least_port=*/0));
   static std::once_flag library;
   std::call_once(library, [] { mg_init_library(0); });
   auto impl = std::make_unique<Impl>();
@@ -50,12 +48,14 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const std::string&
   callbacks.log_message = [](const mg_connection*, const char*) { return 1; };  // failures are in the returned Status
   impl->context = mg_start(&callbacks, nullptr, options);
   if (impl->context == nullptr) {
-    return absl::AlreadyExistsError(
+    return absl::UnavailableError(
         absl::StrCat("cannot listen for metrics on ", listen, ": the port is in use or the address is not of this host; choose another --metrics_listen"));
   }
   mg_server_port bound[4] = {};
   const int count = mg_get_server_ports(impl->context, 4, bound);
-  impl->address = absl::StrCat(host, ":", count > 0 ? bound[0].port : port);
+  if (count > 0) address.port = bound[0].port;
+  impl->bound = std::move(address);
+  impl->address = FormatAddress(impl->bound.host, impl->bound.port);
   mg_set_request_handler(
       impl->context, "/metrics$",
       [](mg_connection* connection, void* data) {
@@ -78,13 +78,10 @@ HttpServer::~HttpServer() {
   // The accepting thread looks every two seconds whether it should end; a connection wakes it.
   std::atomic<bool> stopped = false;
   std::thread knock([&] {
-    const size_t colon = impl_->address.rfind(':');
-    int port = 0;
-    if (!absl::SimpleAtoi(impl_->address.substr(colon + 1), &port)) return;
     while (!stopped) {
       char error[128];
-      if (mg_connection* connection = mg_connect_client(impl_->address.substr(0, colon).c_str(), port, 0, error, sizeof(error)))
-        mg_close_connection(connection);
+      mg_connection* const connection = mg_connect_client(impl_->bound.host.c_str(), impl_->bound.port, 0, error, sizeof(error));
+      if (connection != nullptr) mg_close_connection(connection);
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
   });

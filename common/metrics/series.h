@@ -42,12 +42,6 @@ class SeriesSet {
     }
   }
 
-  template <typename Visit>
-  void ForEach(const Visit& visit) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& [labels, metric] : series_) visit(labels, *metric);
-  }
-
  private:
   prometheus::Family<Metric>& family_;
   const std::string key_;

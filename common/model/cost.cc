@@ -85,13 +85,6 @@ int64_t AdapterParametersOfLayer(const ModelConfig& config, const LoraShape& lor
   return sum;
 }
 
-int64_t ActivationBytesOfLayer(const ModelConfig& config, const LoraShape& lora, int64_t tokens, int64_t compute_bytes) {
-  const int64_t elements = 2 * config.hidden_size + (config.query_size() + 2 * config.key_value_size()) + config.query_size() + 2 * config.intermediate_size +
-                           lora.r * static_cast<int64_t>(lora.target_modules.size());
-  const int64_t statistics = 4 * (2 + config.num_attention_heads);  // fp32: 1/rms twice, log-sum-exp per head
-  return tokens * (elements * compute_bytes + statistics);
-}
-
 int64_t HiddenBytes(const ModelConfig& config, int64_t tokens, int64_t compute_bytes) { return tokens * config.hidden_size * compute_bytes; }
 
 }  // namespace ppft::model

@@ -38,10 +38,6 @@ int64_t EmbeddingParameters(const ModelConfig& config);  // vocab x hidden
 int64_t HeadParameters(const ModelConfig& config);       // vocab x hidden + the final norm, tied or not: a stage with the head holds it
 int64_t TotalParameters(const ModelConfig& config);      // a tied embedding once
 int64_t AdapterParametersOfLayer(const ModelConfig& config, const LoraShape& lora);
-
-// Kept for backward of one micro-batch by one layer: both residual inputs with their 1/rms, q k v, attention output with its log-sum-exp,
-// gate and up, and x Aᵀ of each adapter.
-int64_t ActivationBytesOfLayer(const ModelConfig& config, const LoraShape& lora, int64_t tokens, int64_t compute_bytes);
 // One hidden state [tokens, hidden] between stages.
 int64_t HiddenBytes(const ModelConfig& config, int64_t tokens, int64_t compute_bytes);
 

@@ -12,8 +12,12 @@
 
 namespace ppft::model {
 
-// What backward makes again instead of keeping it.
-enum class ActivationCheckpointing { kNone, kSelective, kFull };
+// What a forward pass keeps for its backward pass. The norms' and SwiGLU's outputs are always made again.
+enum class ActivationCheckpointing {
+  kNone,       // the layers' other intermediate values
+  kSelective,  // those without the product of gate and up, the largest: backward makes it again
+  kFull,       // the layers' inputs alone: backward goes forward through each layer again
+};
 absl::StatusOr<ActivationCheckpointing> ParseActivationCheckpointing(absl::string_view word);  // none | selective | full
 absl::string_view WordOf(ActivationCheckpointing checkpointing);
 

@@ -176,19 +176,6 @@ absl::Status CheckContiguous(SafetensorsHeader& header, int64_t data_bytes, absl
   return absl::OkStatus();
 }
 
-absl::Status PreadExactly(int fd, char* out, int64_t size, int64_t offset, absl::string_view source) {
-  while (size > 0) {
-    const ssize_t got = pread(fd, out, static_cast<size_t>(size), offset);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return ErrnoStatus(errno, source);
-    if (got == 0) return absl::InvalidArgumentError(absl::StrCat(source, ": became shorter while it was read"));
-    out += got;
-    offset += got;
-    size -= got;
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace
 
 const TensorInfo* SafetensorsHeader::Find(absl::string_view name) const {
@@ -226,7 +213,7 @@ absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(absl::string_view text,
 absl::StatusOr<SafetensorsHeader> ReadSafetensorsHeader(int fd, int64_t file_bytes, absl::string_view source) {
   if (file_bytes < 8) return absl::InvalidArgumentError(absl::StrCat(source, ": not a safetensors file: only ", file_bytes, " bytes"));
   unsigned char first[8];
-  PPFT_RETURN_IF_ERROR(PreadExactly(fd, reinterpret_cast<char*>(first), 8, 0, source));
+  PPFT_RETURN_IF_ERROR(ReadAt(fd, reinterpret_cast<char*>(first), 8, 0, source));
   uint64_t size = 0;
   for (int i = 7; i >= 0; --i) size = size << 8 | first[i];
   if (size > static_cast<uint64_t>(file_bytes - 8)) {
@@ -237,7 +224,7 @@ absl::StatusOr<SafetensorsHeader> ReadSafetensorsHeader(int fd, int64_t file_byt
     return absl::InvalidArgumentError(absl::StrCat(source, ": its header of ", size, " bytes is longer than the allowed ", kMaxSafetensorsHeaderBytes));
   }
   std::string text(size, '\0');
-  PPFT_RETURN_IF_ERROR(PreadExactly(fd, text.data(), static_cast<int64_t>(size), 8, source));
+  PPFT_RETURN_IF_ERROR(ReadAt(fd, text.data(), static_cast<int64_t>(size), 8, source));
   return ParseSafetensorsHeader(text, file_bytes, source);
 }
 

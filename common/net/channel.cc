@@ -45,8 +45,8 @@ int Millis(absl::Duration d) { return static_cast<int>(absl::ToInt64Milliseconds
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> LoadCredentials(const TlsFiles& files, absl::string_view flag_prefix) {
-  if (files.ca.empty() && files.certificate.empty() && files.key.empty()) return nullptr;
-  if (files.ca.empty() || files.certificate.empty() || files.key.empty()) {
+  if (files.empty()) return nullptr;
+  if (!files.complete()) {
     return absl::InvalidArgumentError(absl::StrCat(flag_prefix, "ca, ", flag_prefix, "cert and ", flag_prefix, "key belong together: give all three or none"));
   }
   grpc::SslCredentialsOptions options;

@@ -16,11 +16,13 @@ namespace ppft::net {
 constexpr int kMaxMessageBytes = 4 << 20;
 constexpr int kChunkBytes = 1 << 20;  // of file streams
 
-// PEM files for mutual TLS: the authority that signed the server's certificate, and this side's own certificate and key.
+// PEM files for mutual TLS: the authority that signed the other side's certificate, and this side's own certificate and key.
 struct TlsFiles {
   std::string ca;
   std::string certificate;
   std::string key;
+  bool complete() const { return !ca.empty() && !certificate.empty() && !key.empty(); }
+  bool empty() const { return ca.empty() && certificate.empty() && key.empty(); }
 };
 
 // Null for no files at all: no encryption. INVALID_ARGUMENT if only some are named (`flag_prefix`, e.g. "--tls_", begins the flags' names in the
@@ -45,7 +47,7 @@ void ApplyServerLimits(grpc::ServerBuilder* builder);
 // Every call has a deadline.
 void SetDeadline(grpc::ClientContext* context, absl::Duration timeout);
 
-// 1.5 x longer after each call of Next, from `first` to `longest`, with jitter of +-20 %.
+// 1.5 x longer after each call of Next, from `first` to `longest`, with jitter of +-20 %. Thread: one at a time.
 class Backoff {
  public:
   Backoff(absl::Duration first, absl::Duration longest) : first_(first), longest_(longest), next_(first) {}

@@ -145,15 +145,6 @@ void SetFieldViolations(absl::Status* status, const std::vector<FieldViolation>&
   status->SetPayload(kBadRequestUrl, absl::Cord(bytes));
 }
 
-std::vector<FieldViolation> GetFieldViolations(const absl::Status& status) {
-  std::vector<FieldViolation> violations;
-  ReadFields(Payload(status, kBadRequestUrl), [&](int field, const std::string& value) {
-    FieldViolation violation;
-    if (field == 1 && ReadPair(value, &violation.field, &violation.description)) violations.push_back(violation);
-  });
-  return violations;
-}
-
 bool IsRetryable(const absl::Status& status) { return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) || absl::IsAborted(status); }
 
 }  // namespace ppft::net

@@ -1,5 +1,5 @@
 // absl::Status <-> grpc::Status. Payloads of an absl::Status whose key is "type.googleapis.com/…" travel as the details of a google.rpc.Status, so
-// that any gRPC client can read them; the two detail types that the project uses are written and read here.
+// that any gRPC client can read them; the two detail types that the project uses are written here.
 #pragma once
 
 #include <grpcpp/support/status.h>
@@ -30,7 +30,6 @@ struct FieldViolation {
   std::string description;
 };
 void SetFieldViolations(absl::Status* status, const std::vector<FieldViolation>& violations);
-std::vector<FieldViolation> GetFieldViolations(const absl::Status& status);
 
 // UNAVAILABLE, DEADLINE_EXCEEDED and ABORTED may be tried again.
 bool IsRetryable(const absl::Status& status);

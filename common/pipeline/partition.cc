@@ -77,17 +77,6 @@ absl::StatusOr<std::vector<int>> PartitionLayers(const ModelCost& cost, int num_
   return layers_per_stage;
 }
 
-std::vector<double> StageCosts(const ModelCost& cost, const std::vector<int>& layers_per_stage) {
-  const SpanCost span(cost);
-  std::vector<double> costs;
-  int begin = 0;
-  for (int layers : layers_per_stage) {
-    costs.push_back(span(begin, begin + layers));
-    begin += layers;
-  }
-  return costs;
-}
-
 double Imbalance(const std::vector<double>& stage_costs) {
   if (stage_costs.empty()) return 1;
   const double sum = std::accumulate(stage_costs.begin(), stage_costs.end(), 0.0);

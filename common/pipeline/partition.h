@@ -19,9 +19,6 @@ struct ModelCost {
 // Deterministic. O(num_stages * layers^2). INVALID_ARGUMENT when num_stages < 1 or there are more stages than layers.
 absl::StatusOr<std::vector<int>> PartitionLayers(const ModelCost& cost, int num_stages);
 
-// Cost of each stage of a cut whose numbers add up to cost.layers.size().
-std::vector<double> StageCosts(const ModelCost& cost, const std::vector<int>& layers_per_stage);
-
 // The largest stage's cost over the mean: 1 is perfect balance.
 double Imbalance(const std::vector<double>& stage_costs);
 

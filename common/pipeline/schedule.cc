@@ -130,15 +130,4 @@ absl::StatusOr<std::vector<Program>> BuildForwardOnly(int pipeline_size, int vir
 
 int MinMicrobatches(ScheduleKind kind, int pipeline_size) { return kind == ScheduleKind::kGPipe ? 1 : pipeline_size; }
 
-int TheoreticalPeakActivations(const ScheduleShape& shape, int pipeline_rank) {
-  const int total = shape.virtual_stages * shape.num_microbatches;
-  const int warmup = WarmupForwards(shape, CutIntoGroups(shape.pipeline_size, shape.num_microbatches).largest, pipeline_rank);
-  return std::min(total, warmup + 1);
-}
-
-double IdealBubbleRatio(const ScheduleShape& shape) {
-  const double idle = shape.pipeline_size - 1;
-  return idle / (static_cast<double>(shape.virtual_stages) * shape.num_microbatches + idle);
-}
-
 }  // namespace ppft::pipeline

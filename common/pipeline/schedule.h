@@ -39,11 +39,4 @@ absl::StatusOr<std::vector<Program>> BuildForwardOnly(int pipeline_size, int vir
 // Micro-batches below which the schedule leaves ranks without work in its steady phase: p for 1F1B and interleaved 1F1B, 1 for GPipe.
 int MinMicrobatches(ScheduleKind kind, int pipeline_size);
 
-// What theory says for `pipeline_rank`, micro-batches times stages: GPipe v m; 1F1B min(m, p - rank); interleaved min(v m, 2 (p - rank - 1) + (v - 1) g + 1)
-// with g the largest group.
-int TheoreticalPeakActivations(const ScheduleShape& shape, int pipeline_rank);
-
-// (p - 1) / (v m + p - 1): the idle share when all stages cost the same (m >= p when interleaved).
-double IdealBubbleRatio(const ScheduleShape& shape);
-
 }  // namespace ppft::pipeline

@@ -1,7 +1,6 @@
 #include "common/pipeline/simulator.h"
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <utility>
 
@@ -239,31 +238,6 @@ absl::StatusOr<Simulation> Simulate(const std::vector<Program>& programs, const 
     }
   }
   return Simulator(programs, work, options).Run();
-}
-
-std::string DrawTimeline(const std::vector<Program>& programs, const Simulation& simulation) {
-  size_t width = 0;
-  for (const Program& program : programs) {
-    for (const Action& action : program) {
-      if (IsCompute(action.op)) width = std::max(width, ToString(action).size());
-    }
-  }
-  const int columns = static_cast<int>(std::lround(simulation.makespan));
-  std::string picture;
-  for (size_t rank = 0; rank < programs.size(); ++rank) {
-    std::vector<std::string> row(columns, ".");
-    for (size_t i = 0; i < programs[rank].size(); ++i) {
-      if (!IsCompute(programs[rank][i].op)) continue;
-      const Span& span = simulation.spans[rank][i];
-      for (int c = static_cast<int>(std::lround(span.start)); c < std::min(columns, static_cast<int>(std::lround(span.end))); ++c)
-        row[c] = ToString(programs[rank][i]);
-    }
-    std::string line = absl::StrCat("rank ", rank, " |");
-    for (const std::string& cell : row) absl::StrAppend(&line, " ", cell, std::string(width - std::min(width, cell.size()), ' '));
-    line.erase(line.find_last_not_of(' ') + 1);
-    absl::StrAppend(&picture, line, "\n");
-  }
-  return picture;
 }
 
 }  // namespace ppft::pipeline

@@ -67,7 +67,4 @@ struct Simulation {
 // action and what it waits for. INVALID_ARGUMENT when costs do not match the stages.
 absl::StatusOr<Simulation> Simulate(const std::vector<Program>& programs, const Work& work, const SimulationOptions& options);
 
-// A picture for people: a row per rank, a column per unit of time, idle time as ".". Only compute actions are drawn; costs should be whole numbers.
-std::string DrawTimeline(const std::vector<Program>& programs, const Simulation& simulation);
-
 }  // namespace ppft::pipeline

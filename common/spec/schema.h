@@ -1,7 +1,6 @@
 // The one table of job.yaml: for each leaf of v1::JobSpec its kind, default, range and words. Parsing, checking, printing and hints all read it.
 #pragma once
 
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -24,8 +23,6 @@ enum class Kind {
   kTextMap,   // word -> text
   kFixed,     // a key without a field in the message: only the default is accepted
 };
-
-constexpr double kUnlimited = std::numeric_limits<double>::max();
 
 struct Rule {
   const char* path;  // "data.datasets[].type"

@@ -61,9 +61,9 @@ class HuggingFaceTokenizer : public Tokenizer {
     return tokens;
   }
   std::string Piece(uint32_t id) const override { return TakeText(ppft_tokenizer_id_to_token(tokenizer_.get(), id)); }
-  absl::optional<uint32_t> IdOf(absl::string_view piece) const override {
+  std::optional<uint32_t> IdOf(absl::string_view piece) const override {
     const int64_t id = ppft_tokenizer_token_to_id(tokenizer_.get(), piece.data(), piece.size());
-    return id < 0 ? absl::optional<uint32_t>() : static_cast<uint32_t>(id);
+    return id < 0 ? std::optional<uint32_t>() : static_cast<uint32_t>(id);
   }
   int64_t num_ids() const override { return static_cast<int64_t>(ppft_tokenizer_num_ids(tokenizer_.get())); }
   int64_t max_piece_bytes() const override { return static_cast<int64_t>(ppft_tokenizer_max_piece_bytes(tokenizer_.get())); }
@@ -98,9 +98,9 @@ class SentencePieceTokenizer : public Tokenizer {
     return tokens;
   }
   std::string Piece(uint32_t id) const override { return model_->PieceOf(static_cast<int>(id)); }
-  absl::optional<uint32_t> IdOf(absl::string_view piece) const override {
+  std::optional<uint32_t> IdOf(absl::string_view piece) const override {
     const int id = model_->IdOf(std::string_view(piece.data(), piece.size()));
-    return id < 0 ? absl::optional<uint32_t>() : static_cast<uint32_t>(id);
+    return id < 0 ? std::optional<uint32_t>() : static_cast<uint32_t>(id);
   }
   int64_t num_ids() const override { return model_->num_ids(); }
   int64_t max_piece_bytes() const override { return max_piece_bytes_; }

@@ -5,12 +5,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
-#include "absl/types/optional.h"
 
 namespace ppft::text {
 
@@ -31,18 +31,18 @@ class Tokenizer {
   virtual absl::StatusOr<std::vector<Token>> Encode(absl::string_view text) const = 0;
   // As the vocabulary writes it; "" if there is no such id.
   virtual std::string Piece(uint32_t id) const = 0;
-  virtual absl::optional<uint32_t> IdOf(absl::string_view piece) const = 0;
+  virtual std::optional<uint32_t> IdOf(absl::string_view piece) const = 0;
   // The largest id + 1, added tokens included.
   virtual int64_t num_ids() const = 0;
   // The most bytes of text that one token can stand for; exceeded only by runs of unknown characters.
   virtual int64_t max_piece_bytes() const = 0;
 
   // The end-of-text token of tokenizer_config.json (or special_tokens_map.json, or the model file); nullopt if it is not in the vocabulary.
-  absl::optional<uint32_t> eos_id() const { return eos_id_; }
+  std::optional<uint32_t> eos_id() const { return eos_id_; }
   const std::string& eos_piece() const { return eos_piece_; }  // as configured, also if it has no id
 
  protected:
-  absl::optional<uint32_t> eos_id_;
+  std::optional<uint32_t> eos_id_;
   std::string eos_piece_;
 };
 

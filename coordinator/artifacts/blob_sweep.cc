@@ -34,7 +34,7 @@ absl::StatusOr<int> SweepBlobs(BlobStore& blobs, Controller& controller, absl::T
     PPFT_ASSIGN_OR_RETURN(const int here, controller.Run([&blobs, some, before](JobStore& store) -> absl::StatusOr<int> {
       int gone = 0;
       for (const std::string& sha256 : some) {
-        PPFT_ASSIGN_OR_RETURN(const absl::optional<BlobRow> row, store.GetBlob(sha256));
+        PPFT_ASSIGN_OR_RETURN(const std::optional<BlobRow> row, store.GetBlob(sha256));
         PPFT_ASSIGN_OR_RETURN(const bool referenced, store.IsReferenced(sha256));
         if (row.has_value() || referenced || !blobs.IsOlderThan(sha256, before)) continue;
         PPFT_RETURN_IF_ERROR(blobs.Delete(sha256));

@@ -286,8 +286,7 @@ absl::StatusOr<v1::ModelRecord> CheckModel(const ModelFolder& folder, BlobStore&
   PPFT_ASSIGN_OR_RETURN(const std::string tokenizer_dir, TokenizerDir(blobs, {record.files().begin(), record.files().end()}));
   if (const absl::Status bad = prepare.CheckTokenizer(tokenizer_dir, config.vocab_size, cancelled); !bad.ok()) {
     // It read a private copy; the user knows the model's folder.
-    absl::Status told(bad.code(), absl::StrReplaceAll(bad.message(), {{tokenizer_dir, folder.path()}}));
-    bad.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) { told.SetPayload(url, payload); });
+    const absl::Status told = WithMessage(bad, absl::StrReplaceAll(bad.message(), {{tokenizer_dir, folder.path()}}));
     return absl::StrContains(told.message(), folder.path()) ? told : Annotate(told, folder.path());
   }
   PPFT_RETURN_IF_ERROR(ScanTensors(folder, tensors, threads, cancelled));

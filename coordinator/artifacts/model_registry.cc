@@ -47,9 +47,7 @@ constexpr size_t kMaxSource = 1000;
 
 // The same status with other words for some folders, longest first.
 absl::Status Reword(const absl::Status& status, const std::vector<std::pair<std::string, std::string>>& words) {
-  absl::Status out(status.code(), absl::StrReplaceAll(status.message(), words));
-  status.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) { out.SetPayload(url, payload); });
-  return out;
+  return WithMessage(status, absl::StrReplaceAll(status.message(), words));
 }
 
 absl::Status Changed(const std::string& model, const std::string& path, const std::string& how) {
@@ -280,11 +278,11 @@ absl::StatusOr<v1::Model> ModelRegistry::Register(Controller& controller, const 
   PPFT_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   PPFT_RETURN_IF_ERROR(CheckName(request.name()));
   absl::MutexLock lock(&register_mutex_);
-  const auto known = controller.Run([&](JobStore& store) -> absl::StatusOr<absl::optional<v1::ModelRecord>> {
-    PPFT_ASSIGN_OR_RETURN(const absl::optional<std::string> name, store.FindRequest(kMethod, request.request_id(), PayloadSha256(request)));
-    if (!name) return absl::optional<v1::ModelRecord>();
+  const auto known = controller.Run([&](JobStore& store) -> absl::StatusOr<std::optional<v1::ModelRecord>> {
+    PPFT_ASSIGN_OR_RETURN(const std::optional<std::string> name, store.FindRequest(kMethod, request.request_id(), PayloadSha256(request)));
+    if (!name) return std::optional<v1::ModelRecord>();
     PPFT_ASSIGN_OR_RETURN(v1::ModelRecord record, store.GetModel(*name));
-    return absl::optional<v1::ModelRecord>(std::move(record));
+    return std::optional<v1::ModelRecord>(std::move(record));
   });
   PPFT_RETURN_IF_ERROR(known.status());
   if (known->has_value()) return (*known)->model();

@@ -1,9 +1,6 @@
 #include "coordinator/artifacts/tensor_files.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <functional>
 
 #include "absl/strings/str_cat.h"
@@ -14,19 +11,6 @@ namespace ppft::coordinator {
 namespace {
 
 constexpr int64_t kPieceBytes = 1 << 20;
-
-absl::Status ReadAt(int fd, char* out, int64_t size, int64_t offset, absl::string_view what) {
-  while (size > 0) {
-    const ssize_t got = pread(fd, out, static_cast<size_t>(size), offset);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return ErrnoStatus(errno, what);
-    if (got == 0) return absl::DataLossError(absl::StrCat(what, ": is shorter than its header says"));
-    out += got;
-    offset += got;
-    size -= got;
-  }
-  return absl::OkStatus();
-}
 
 absl::Status ForEachPiece(int fd, const model::TensorInfo& info, const std::function<absl::Status(absl::string_view, int64_t at)>& visit) {
   std::string buffer(static_cast<size_t>(std::min(info.size_bytes, kPieceBytes)), '\0');

@@ -16,7 +16,7 @@ struct TrainingSummary {
   int64_t step = 0;       // optimizer steps done
   int64_t max_steps = 0;  // of the whole job
   double epoch = 0;
-  absl::optional<double> best_metric;
+  std::optional<double> best_metric;
   int64_t best_step = 0;            // 0 = none
   int64_t weights_step = 0;         // whose weights the artifact holds
   std::vector<v1::MetricRow> rows;  // by step, training row before evaluation row

@@ -19,7 +19,7 @@ std::string WorkerOf(const v1::Plan& plan, int32_t rank) {
 
 std::string Who(const v1::Plan& plan, int32_t rank) { return absl::StrCat("rank ", rank, " on ", WorkerOf(plan, rank)); }
 
-bool IsLink(const Failure& failure) { return failure.weight == Failure::kBrokenLink; }
+bool IsLink(const Failure& failure) { return failure.weight == Failure::Weight::kBrokenLink; }
 
 }  // namespace
 
@@ -44,10 +44,10 @@ bool AttemptFailures::FollowsALink(size_t index) const {
 
 const Failure* AttemptFailures::OwnCause() const {
   for (const Failure& failure : failures_) {
-    if (failure.weight == Failure::kUserError) return &failure;
+    if (failure.weight == Failure::Weight::kUserError) return &failure;
   }
   for (size_t i = 0; i < failures_.size(); ++i) {
-    if (failures_[i].weight == Failure::kCause && !FollowsALink(i)) return &failures_[i];
+    if (failures_[i].weight == Failure::Weight::kCause && !FollowsALink(i)) return &failures_[i];
   }
   return nullptr;
 }
@@ -86,7 +86,7 @@ Failure AttemptFailures::Cause(const v1::Plan& plan, const std::set<std::string>
   if (chosen == nullptr && link != nullptr) chosen = ExitOf(lost);
   if (chosen == nullptr) chosen = link != nullptr ? link : &failures_.front();
   Failure cause = *chosen;
-  const bool own = cause.weight >= Failure::kCause;
+  const bool own = cause.weight >= Failure::Weight::kCause;
   if (!own && !unreachable.empty()) {
     for (const v1::RankPlan& rank : plan.ranks()) {
       if (unreachable.count(rank.worker()) == 0 || (lost >= 0 && rank.rank() != lost)) continue;

@@ -21,13 +21,13 @@ int32_t LossRank(const v1::Plan& plan) {
   return owners.empty() ? -1 : owners.back();
 }
 
-absl::optional<v1::CheckpointManifest> JoinCheckpoint(const v1::Plan& plan, const std::map<int32_t, v1::CheckpointWritten>& written) {
+std::optional<v1::CheckpointManifest> JoinCheckpoint(const v1::Plan& plan, const std::map<int32_t, v1::CheckpointWritten>& written) {
   const std::vector<int32_t> owners = StateOwners(plan);
-  if (owners.empty()) return absl::nullopt;
+  if (owners.empty()) return std::nullopt;
   v1::CheckpointManifest manifest;
   for (const int32_t rank : owners) {
     const auto it = written.find(rank);
-    if (it == written.end()) return absl::nullopt;
+    if (it == written.end()) return std::nullopt;
     for (const v1::LocalFile& file : it->second.files()) *manifest.add_files() = file.content();
     if (it->second.best()) manifest.set_best(true);
     if (it->second.has_eval_loss()) manifest.set_eval_loss(it->second.eval_loss());

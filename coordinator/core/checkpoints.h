@@ -3,10 +3,10 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <set>
 #include <vector>
 
-#include "absl/types/optional.h"
 #include "ppft/v1/checkpoint.pb.h"
 #include "ppft/v1/plan.pb.h"
 #include "ppft/v1/trainer.pb.h"
@@ -20,7 +20,7 @@ std::vector<int32_t> StateOwners(const v1::Plan& plan);
 int32_t LossRank(const v1::Plan& plan);
 
 // The manifest of a checkpoint, once every owner has reported; nullopt before. `written`: rank -> its message, all of one step and epoch.
-absl::optional<v1::CheckpointManifest> JoinCheckpoint(const v1::Plan& plan, const std::map<int32_t, v1::CheckpointWritten>& written);
+std::optional<v1::CheckpointManifest> JoinCheckpoint(const v1::Plan& plan, const std::map<int32_t, v1::CheckpointWritten>& written);
 
 // The best one: the newest that was the best when it was written. nullptr if none was. `manifests` by step.
 const v1::CheckpointManifest* BestCheckpoint(const std::vector<v1::CheckpointManifest>& manifests);

@@ -54,8 +54,8 @@ void ApplyEval(v1::JobStatus& status, const v1::EvalReport& report) {
   }
 }
 
-void RewindTo(v1::JobStatus& status, const v1::CheckpointManifest* checkpoint, const absl::optional<v1::MetricRow>& train,
-              const absl::optional<v1::MetricRow>& eval) {
+void RewindTo(v1::JobStatus& status, const v1::CheckpointManifest* checkpoint, const std::optional<v1::MetricRow>& train,
+              const std::optional<v1::MetricRow>& eval) {
   const v1::TrainingState state = checkpoint == nullptr ? v1::TrainingState() : checkpoint->state();
   status.set_step(state.step());
   status.set_tokens_seen(state.tokens_seen());

@@ -1,9 +1,9 @@
 // How reports change what a job shows of itself. PURE.
 #pragma once
 
+#include <optional>
 #include <vector>
 
-#include "absl/types/optional.h"
 #include "ppft/v1/checkpoint.pb.h"
 #include "ppft/v1/job.pb.h"
 #include "ppft/v1/plan.pb.h"
@@ -22,8 +22,8 @@ v1::Reason FinishedReason(const v1::JobStatus& status);
 
 // After an attempt was given up the job stands where its newest checkpoint does; without one, at the beginning. `train` and `eval` are the
 // newest rows that are left.
-void RewindTo(v1::JobStatus& status, const v1::CheckpointManifest* checkpoint, const absl::optional<v1::MetricRow>& train,
-              const absl::optional<v1::MetricRow>& eval);
+void RewindTo(v1::JobStatus& status, const v1::CheckpointManifest* checkpoint, const std::optional<v1::MetricRow>& train,
+              const std::optional<v1::MetricRow>& eval);
 
 // The new attempt's layout as shown to people.
 void ShowPlan(v1::JobStatus& status, const v1::Plan& plan);

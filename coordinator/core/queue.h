@@ -3,10 +3,10 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "absl/types/optional.h"
 #include "ppft/v1/cluster.pb.h"
 #include "ppft/v1/plan.pb.h"
 #include "ppft/v1/stored.pb.h"
@@ -29,7 +29,7 @@ struct AwayGpus {
 
 // The planner's answer for one job on some devices.
 struct PlanAttempt {
-  absl::optional<v1::Plan> plan;
+  std::optional<v1::Plan> plan;
   int devices_needed = 0;  // at least this many; 0 = unknown
   std::string message;     // why there is no plan
 };
@@ -44,7 +44,7 @@ std::string KindFor(const v1::JobRecord& record, const std::vector<OfferedDevice
 
 struct QueueDecision {
   std::string job_id;
-  absl::optional<v1::Plan> plan;  // start with it; unset: wait
+  std::optional<v1::Plan> plan;  // start with it; unset: wait
   v1::Reason reason;              // why it waits; why this plan
   int position = 0;               // among those that wait, from 1
 };

@@ -6,6 +6,7 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "common/base/format.h"
 #include "coordinator/core/job_state.h"
 
 namespace ppft::coordinator {
@@ -39,7 +40,7 @@ Failure FailureOf(const v1::Failure& report, int32_t rank, int64_t status_step) 
                           code != "OUT_OF_DEVICE_MEMORY";  // that is no user's comes from other processes on the device
   if (code == "COMM_ERROR") failure.peer = report.peer();
   const bool link = code == "COMM_ERROR" && report.peer() != rank;  // its own rank: the agent saw this process stand still
-  failure.weight = failure.reason.owner() == "USER" ? Failure::kUserError : link ? Failure::kBrokenLink : Failure::kCause;
+  failure.weight = failure.reason.owner() == "USER" ? Failure::Weight::kUserError : link ? Failure::Weight::kBrokenLink : Failure::Weight::kCause;
   return failure;
 }
 
@@ -55,7 +56,7 @@ Failure FailureOf(const v1::Exited& report, int32_t rank, const std::string& wor
   for (const int kill : {SIGKILL, SIGTERM, SIGINT, SIGHUP, SIGPIPE}) {
     if (report.signal() == kill) failure.deterministic = false;
   }
-  if (report.signal() == 0) failure.weight = Failure::kUnexplainedExit;
+  if (report.signal() == 0) failure.weight = Failure::Weight::kUnexplainedExit;
   return failure;
 }
 
@@ -94,7 +95,8 @@ RetryDecision DecideRetry(const v1::RetryState& state, const Failure& failure, i
   const bool good = failure.step - begin >= kGoodSteps;
   const int restarts = (good ? 0 : state.restarts()) + 1;
   if (restarts > max_restarts) {
-    decision.reason.set_message(absl::StrCat(failure.reason.message(), " (after ", max_restarts, " restarts without ", kGoodSteps, " good steps in between)"));
+    decision.reason.set_message(
+        absl::StrCat(failure.reason.message(), " (after ", Counted(max_restarts, "restart"), " without ", kGoodSteps, " good steps in between)"));
     decision.reason.set_remedy("repair the cause, then submit again; limits.max_restarts sets how often a job restarts by itself");
     return decision;
   }

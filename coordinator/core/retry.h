@@ -17,20 +17,15 @@ struct Failure {
   v1::Reason reason;
   int64_t step = 0;            // the newest step that was reported before it
   bool deterministic = false;  // the trainer's own error: the same input would fail again. A kill or a lost worker is not
-  // How near it is to the first cause: a heavier one replaces a lighter one that waits. Light ones wait for a moment: a broken link, or an exit
+  // How near it is to the first cause: a heavier one replaces a lighter one that waits. Those below kCause wait for a moment: a broken link, or an exit
   // without a reason, mostly follows from a peer's death.
-  int weight = kCause;
+  enum class Weight { kBrokenLink, kUnexplainedExit, kCause, kUserError };
+  Weight weight = Weight::kCause;
   int32_t rank = -1;              // who reported it; -1: the coordinator saw it
   int32_t peer = -1;              // a broken link: the rank that was lost; -1: not known
   bool exit = false;              // the agent's word about a trainer that ended, not the trainer's own
   bool costs_checkpoint = false;  // it took a checkpoint away, of which there are only so many: the budget stays
   std::string worker;             // whom it is counted against; "" = the worker of `rank`
-
-  static constexpr int kBrokenLink = 1;
-  static constexpr int kUnexplainedExit = 2;
-  static constexpr int kCause = 3;
-  static constexpr int kUserError = 4;
-  bool waits_for_cause() const { return weight < kCause; }
 };
 
 Failure FailureOf(const v1::Failure& report, int32_t rank, int64_t status_step);

@@ -143,7 +143,7 @@ absl::StatusOr<Prepared> Prepare(const Request& request, const text::Tokenizer& 
   const RowTokenizer rows(tokenizer, request.data);
   PPFT_ASSIGN_OR_RETURN(const std::string sha256, TokenizerSha256(request.tokenizer_dir));
   PPFT_ASSIGN_OR_RETURN(Spool spool, SpoolAll(request.datasets, rows, request, request.output_train));
-  absl::optional<Spool> test_spool;
+  std::optional<Spool> test_spool;
   Split split;
   if (!request.test_datasets.empty()) {
     PPFT_ASSIGN_OR_RETURN(test_spool, SpoolAll(request.test_datasets, rows, request, request.output_eval));

@@ -1,12 +1,12 @@
 // The work of ppft-prepare: dataset files to token files, a preview of them, and the check of a model folder's tokenizer.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/types/optional.h"
 #include "coordinator/prepare/request.h"
 #include "coordinator/prepare/row_tokenizer.h"
 #include "coordinator/prepare/spool.h"
@@ -15,7 +15,7 @@ namespace ppft::coordinator::prepare {
 
 struct Prepared {
   Counts train;
-  absl::optional<Counts> eval;
+  std::optional<Counts> eval;
 };
 
 struct PreviewRow {

@@ -1,12 +1,12 @@
 // What a spec must fulfil beyond spec::Check: the model, the datasets and the adapter that it names are there and belong together.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/types/optional.h"
 #include "coordinator/controller.h"
 #include "ppft/v1/artifact.pb.h"
 #include "ppft/v1/job.pb.h"
@@ -16,10 +16,10 @@ namespace ppft::coordinator {
 
 // What the store knows of the things that a spec names.
 struct SpecFacts {
-  absl::optional<v1::ModelRecord> model;
+  std::optional<v1::ModelRecord> model;
   std::vector<std::string> model_names;       // all, if `model` is unset
   std::vector<std::string> missing_datasets;  // ids of the spec that no dataset has
-  absl::optional<v1::ArtifactManifest> init_adapter;
+  std::optional<v1::ArtifactManifest> init_adapter;
 };
 absl::StatusOr<SpecFacts> GatherFacts(JobStore& store, const v1::JobSpec& spec);
 

@@ -52,6 +52,22 @@ bool Matches(const v1::ListJobsRequest& request, const v1::Job& job) {
   });
 }
 
+// A job's rows with seq, batch by batch, to its end.
+template <typename Request, typename Row>
+Feed<Row>* FeedOfRows(JobController* controller, const Request& request,
+                      absl::StatusOr<std::vector<Row>> (JobStore::*list)(const std::string& job_id, int64_t after_seq, int limit)) {
+  return new Feed<Row>(
+      controller, request.job_id(),
+      [controller, list, seen = request.after_seq(), follow = request.follow()](const v1::Job& job, std::deque<Row>* out) mutable -> absl::StatusOr<bool> {
+        PPFT_ASSIGN_OR_RETURN(std::vector<Row> rows, (controller->store().*list)(job.id(), seen, kFeedBatch));
+        for (Row& row : rows) {
+          seen = row.seq();
+          out->push_back(std::move(row));
+        }
+        return !follow || IsTerminal(job.status().state());
+      });
+}
+
 }  // namespace
 
 absl::StatusOr<std::vector<v1::Violation>> JobServiceImpl::Check(const v1::JobSpec& spec, bool uploaded) {
@@ -102,7 +118,7 @@ grpc::ServerUnaryReactor* JobServiceImpl::SubmitJob(grpc::CallbackServerContext*
     PPFT_RETURN_IF_ERROR(CheckRequestId(request->request_id()));
     const std::string payload = PayloadSha256(request->spec());
     // A repeated request gets its first answer even if what it names has changed since.
-    PPFT_ASSIGN_OR_RETURN(const absl::optional<std::string> first,
+    PPFT_ASSIGN_OR_RETURN(const std::optional<std::string> first,
                           controller_->Run([&](JobStore& store) { return store.FindRequest("SubmitJob", request->request_id(), payload); }));
     v1::JobSpec spec = request->spec();
     spec::FillNewerFields(&spec);  // whoever sent it may be older than they are
@@ -185,29 +201,11 @@ grpc::ServerWriteReactor<v1::WatchJobResponse>* JobServiceImpl::WatchJob(grpc::C
 }
 
 grpc::ServerWriteReactor<v1::Event>* JobServiceImpl::StreamEvents(grpc::CallbackServerContext* context, const v1::StreamEventsRequest* request) {
-  return new Feed<v1::Event>(
-      controller_, request->job_id(),
-      [this, seen = request->after_seq(), follow = request->follow()](const v1::Job& job, std::deque<v1::Event>* out) mutable -> absl::StatusOr<bool> {
-        PPFT_ASSIGN_OR_RETURN(std::vector<v1::Event> events, controller_->store().ListEvents(job.id(), seen, kFeedBatch));
-        for (v1::Event& event : events) {
-          seen = event.seq();
-          out->push_back(std::move(event));
-        }
-        return !follow || IsTerminal(job.status().state());
-      });
+  return FeedOfRows(controller_, *request, &JobStore::ListEvents);
 }
 
 grpc::ServerWriteReactor<v1::LogLine>* JobServiceImpl::StreamLogs(grpc::CallbackServerContext* context, const v1::StreamLogsRequest* request) {
-  return new Feed<v1::LogLine>(
-      controller_, request->job_id(),
-      [this, seen = request->after_seq(), follow = request->follow()](const v1::Job& job, std::deque<v1::LogLine>* out) mutable -> absl::StatusOr<bool> {
-        PPFT_ASSIGN_OR_RETURN(std::vector<v1::LogLine> lines, controller_->store().ListLogs(job.id(), seen, kFeedBatch));
-        for (v1::LogLine& line : lines) {
-          seen = line.seq();
-          out->push_back(std::move(line));
-        }
-        return !follow || IsTerminal(job.status().state());
-      });
+  return FeedOfRows(controller_, *request, &JobStore::ListLogs);
 }
 
 grpc::ServerWriteReactor<v1::TraceJobResponse>* JobServiceImpl::TraceJob(grpc::CallbackServerContext* context, const v1::TraceJobRequest* request) {

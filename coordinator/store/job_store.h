@@ -6,13 +6,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "absl/types/optional.h"
 #include "ppft/v1/artifact.pb.h"
 #include "ppft/v1/checkpoint.pb.h"
 #include "ppft/v1/dataset.pb.h"
@@ -75,8 +75,8 @@ class JobStore {
 
   // Idempotency. FindRequest: the id of what the first call made; nullopt for a new request_id; ALREADY_EXISTS if the same (method,
   // request_id) came with another payload. payload_sha256 is of the request's canonical bytes without request_id.
-  virtual absl::StatusOr<absl::optional<std::string>> FindRequest(const std::string& method, const std::string& request_id,
-                                                                  const std::string& payload_sha256) = 0;
+  virtual absl::StatusOr<std::optional<std::string>> FindRequest(const std::string& method, const std::string& request_id,
+                                                                 const std::string& payload_sha256) = 0;
   virtual absl::Status PutRequest(const std::string& method, const std::string& request_id, const std::string& payload_sha256,
                                   const std::string& resource_id) = 0;
 
@@ -90,7 +90,7 @@ class JobStore {
   virtual absl::Status PutMetric(const std::string& job_id, const v1::MetricRow& row) = 0;
   virtual absl::StatusOr<std::vector<v1::MetricRow>> ListMetrics(const std::string& job_id, int64_t after_step, int limit) = 0;  // training before evaluation
   // The newest training (or evaluation) row, if there is one.
-  virtual absl::StatusOr<absl::optional<v1::MetricRow>> NewestMetric(const std::string& job_id, bool evaluation) = 0;
+  virtual absl::StatusOr<std::optional<v1::MetricRow>> NewestMetric(const std::string& job_id, bool evaluation) = 0;
   virtual absl::Status DeleteMetricsAfter(const std::string& job_id, int64_t step) = 0;  // -1 = all
 
   // Checkpoints by (job, step). Putting one again replaces it.
@@ -110,7 +110,7 @@ class JobStore {
 
   // Blobs: rows exist only for files that are complete.
   virtual absl::Status PutBlob(const BlobRow& blob) = 0;  // an existing row stays
-  virtual absl::StatusOr<absl::optional<BlobRow>> GetBlob(const std::string& sha256) = 0;
+  virtual absl::StatusOr<std::optional<BlobRow>> GetBlob(const std::string& sha256) = 0;
   virtual absl::Status DeleteBlob(const std::string& sha256) = 0;
   // Blobs made before that nothing refers to (see IsReferenced); some of them.
   virtual absl::StatusOr<std::vector<std::string>> ListUnusedBlobs(absl::Time before) = 0;

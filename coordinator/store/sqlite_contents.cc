@@ -91,11 +91,11 @@ absl::Status SqliteJobStore::PutBlob(const BlobRow& blob) {
       .Run();
 }
 
-absl::StatusOr<absl::optional<BlobRow>> SqliteJobStore::GetBlob(const std::string& sha256) {
+absl::StatusOr<std::optional<BlobRow>> SqliteJobStore::GetBlob(const std::string& sha256) {
   Query query = db_->Prepare("SELECT size_bytes, create_ms FROM blobs WHERE sha256 = ?");
   PPFT_ASSIGN_OR_RETURN(const bool row, query.Bind(sha256).Step());
-  if (!row) return absl::optional<BlobRow>();
-  return absl::optional<BlobRow>(BlobRow{sha256, query.Int(0), absl::FromUnixMillis(query.Int(1))});
+  if (!row) return std::optional<BlobRow>();
+  return std::optional<BlobRow>(BlobRow{sha256, query.Int(0), absl::FromUnixMillis(query.Int(1))});
 }
 
 absl::Status SqliteJobStore::DeleteBlob(const std::string& sha256) { return db_->Prepare("DELETE FROM blobs WHERE sha256 = ?").Bind(sha256).Run(); }

@@ -96,16 +96,16 @@ absl::StatusOr<std::vector<v1::JobRecord>> SqliteJobStore::LoadJobs() {
   }
 }
 
-absl::StatusOr<absl::optional<std::string>> SqliteJobStore::FindRequest(const std::string& method, const std::string& request_id,
-                                                                        const std::string& payload_sha256) {
+absl::StatusOr<std::optional<std::string>> SqliteJobStore::FindRequest(const std::string& method, const std::string& request_id,
+                                                                       const std::string& payload_sha256) {
   Query query = db_->Prepare("SELECT payload_sha256, resource_id FROM requests WHERE method = ? AND request_id = ?");
   PPFT_ASSIGN_OR_RETURN(const bool row, query.Bind(method).Bind(request_id).Step());
-  if (!row) return absl::optional<std::string>();
+  if (!row) return std::optional<std::string>();
   if (query.Text(0) != payload_sha256) {
     return absl::AlreadyExistsError(absl::StrCat("request_id \"", request_id, "\" was used before for another ", method, " (it made ", query.Text(1),
                                                  "): use a new request_id for a new request"));
   }
-  return absl::optional<std::string>(query.Text(1));
+  return std::optional<std::string>(query.Text(1));
 }
 
 absl::Status SqliteJobStore::PutRequest(const std::string& method, const std::string& request_id, const std::string& payload_sha256,
@@ -163,12 +163,12 @@ absl::StatusOr<std::vector<v1::MetricRow>> SqliteJobStore::ListMetrics(const std
   return Collect<v1::MetricRow>(query, 0, "metrics");
 }
 
-absl::StatusOr<absl::optional<v1::MetricRow>> SqliteJobStore::NewestMetric(const std::string& job_id, bool evaluation) {
+absl::StatusOr<std::optional<v1::MetricRow>> SqliteJobStore::NewestMetric(const std::string& job_id, bool evaluation) {
   Query query = db_->Prepare("SELECT row FROM metrics WHERE job_id = ? AND kind = ? ORDER BY step DESC LIMIT 1");
   PPFT_ASSIGN_OR_RETURN(const bool row, query.Bind(job_id).Bind(int64_t{evaluation}).Step());
-  if (!row) return absl::optional<v1::MetricRow>();
+  if (!row) return std::optional<v1::MetricRow>();
   PPFT_ASSIGN_OR_RETURN(v1::MetricRow metric, Parse<v1::MetricRow>(query.Text(0), "metrics"));
-  return absl::optional<v1::MetricRow>(std::move(metric));
+  return std::optional<v1::MetricRow>(std::move(metric));
 }
 
 absl::Status SqliteJobStore::DeleteMetricsAfter(const std::string& job_id, int64_t step) {

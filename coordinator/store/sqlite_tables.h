@@ -66,7 +66,7 @@ class SqliteJobStore : public JobStore {
   absl::Status UpdateJob(const v1::JobRecord& record, int64_t epoch) override;
   absl::Status UpdateJobStatus(const v1::Job& job, int64_t epoch) override;
   absl::StatusOr<std::vector<v1::JobRecord>> LoadJobs() override;
-  absl::StatusOr<absl::optional<std::string>> FindRequest(const std::string& method, const std::string& request_id, const std::string& payload_sha256) override;
+  absl::StatusOr<std::optional<std::string>> FindRequest(const std::string& method, const std::string& request_id, const std::string& payload_sha256) override;
   absl::Status PutRequest(const std::string& method, const std::string& request_id, const std::string& payload_sha256, const std::string& resource_id) override;
   absl::StatusOr<int64_t> AppendEvent(const v1::Event& event) override;
   absl::StatusOr<std::vector<v1::Event>> ListEvents(const std::string& job_id, int64_t after_seq, int limit) override;
@@ -74,7 +74,7 @@ class SqliteJobStore : public JobStore {
   absl::StatusOr<std::vector<v1::LogLine>> ListLogs(const std::string& job_id, int64_t after_seq, int limit) override;
   absl::Status PutMetric(const std::string& job_id, const v1::MetricRow& row) override;
   absl::StatusOr<std::vector<v1::MetricRow>> ListMetrics(const std::string& job_id, int64_t after_step, int limit) override;
-  absl::StatusOr<absl::optional<v1::MetricRow>> NewestMetric(const std::string& job_id, bool evaluation) override;
+  absl::StatusOr<std::optional<v1::MetricRow>> NewestMetric(const std::string& job_id, bool evaluation) override;
   absl::Status DeleteMetricsAfter(const std::string& job_id, int64_t step) override;
   absl::Status PutCheckpoint(const v1::CheckpointManifest& manifest) override;
   absl::Status DeleteCheckpoint(const std::string& job_id, int64_t step) override;
@@ -86,7 +86,7 @@ class SqliteJobStore : public JobStore {
   absl::Status PutWorker(const WorkerRow& worker) override;
   absl::StatusOr<std::vector<WorkerRow>> LoadWorkers() override;
   absl::Status PutBlob(const BlobRow& blob) override;
-  absl::StatusOr<absl::optional<BlobRow>> GetBlob(const std::string& sha256) override;
+  absl::StatusOr<std::optional<BlobRow>> GetBlob(const std::string& sha256) override;
   absl::Status DeleteBlob(const std::string& sha256) override;
   absl::StatusOr<bool> IsReferenced(const std::string& sha256) override;
   absl::Status PutDataset(const v1::Dataset& dataset) override;

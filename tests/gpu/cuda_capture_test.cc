@@ -20,7 +20,7 @@ model::ModelConfig Config() { return ConfigOf(256, 704, 4, 8, 4, 32, kVocab, /*t
 // Stages of a pipeline on one device, each with its optimizer.
 class Pipeline {
  public:
-  Pipeline(bool capture, double dropout, Checkpointing checkpointing, int num_stages, at::ScalarType compute) {
+  Pipeline(bool capture, double dropout, model::ActivationCheckpointing checkpointing, int num_stages, at::ScalarType compute) {
     for (int s = 0; s < num_stages; ++s) {
       StageOptions options;
       options.stage = s;
@@ -121,7 +121,7 @@ class CudaCaptureTest : public testing::Test {
   void TearDown() override { Gpu().SetDeterministic(false); }
 
   // What takes its documents from the host in each pass is not captured.
-  static void ExpectEqualBits(double dropout, Checkpointing checkpointing, int num_stages, at::ScalarType compute = at::kBFloat16) {
+  static void ExpectEqualBits(double dropout, model::ActivationCheckpointing checkpointing, int num_stages, at::ScalarType compute = at::kBFloat16) {
     Pipeline plain(false, dropout, checkpointing, num_stages, compute), captured(true, dropout, checkpointing, num_stages, compute);
     double previous = 0;
     for (int64_t step = 1; step <= 8; ++step) {
@@ -146,18 +146,18 @@ class CudaCaptureTest : public testing::Test {
   }
 };
 
-TEST_F(CudaCaptureTest, HasTheBitsOfSingleLaunches) { ExpectEqualBits(0.0, Checkpointing::kNone, 1); }
-TEST_F(CudaCaptureTest, DocumentsMoveInFp32Too) { ExpectEqualBits(0.0, Checkpointing::kNone, 2, at::kFloat); }
-TEST_F(CudaCaptureTest, DropoutDrawsNewNumbersInEachLaunch) { ExpectEqualBits(0.1, Checkpointing::kNone, 1); }
-TEST_F(CudaCaptureTest, StagesHandOverTheRealRows) { ExpectEqualBits(0.1, Checkpointing::kNone, 2); }
+TEST_F(CudaCaptureTest, HasTheBitsOfSingleLaunches) { ExpectEqualBits(0.0, model::ActivationCheckpointing::kNone, 1); }
+TEST_F(CudaCaptureTest, DocumentsMoveInFp32Too) { ExpectEqualBits(0.0, model::ActivationCheckpointing::kNone, 2, at::kFloat); }
+TEST_F(CudaCaptureTest, DropoutDrawsNewNumbersInEachLaunch) { ExpectEqualBits(0.1, model::ActivationCheckpointing::kNone, 1); }
+TEST_F(CudaCaptureTest, StagesHandOverTheRealRows) { ExpectEqualBits(0.1, model::ActivationCheckpointing::kNone, 2); }
 TEST_F(CudaCaptureTest, BackwardMayRecompute) {
-  ExpectEqualBits(0.1, Checkpointing::kFull, 2);
-  ExpectEqualBits(0.0, Checkpointing::kSelective, 1);
+  ExpectEqualBits(0.1, model::ActivationCheckpointing::kFull, 2);
+  ExpectEqualBits(0.0, model::ActivationCheckpointing::kSelective, 1);
 }
 
 // Before an export: captured work keeps memory that nothing else may use.
 TEST_F(CudaCaptureTest, TheLastStepGivesItsMemoryBack) {
-  Pipeline pipeline(true, 0.0, Checkpointing::kNone, 1, at::kBFloat16);
+  Pipeline pipeline(true, 0.0, model::ActivationCheckpointing::kNone, 1, at::kBFloat16);
   for (int64_t step = 1; step <= 6; ++step) pipeline.Step(step, Inputs(step));
   EXPECT_GT(pipeline.captured_launches(), 0);
   MicrobatchInput probe = Inputs(7).back();

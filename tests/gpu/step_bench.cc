@@ -93,7 +93,7 @@ double FlopsOf(const Case& c, int64_t adapter_weights) {
 
 struct Settings {
   int steps = 20;
-  Checkpointing checkpointing = Checkpointing::kNone;
+  model::ActivationCheckpointing checkpointing = model::ActivationCheckpointing::kNone;
   bool capture = true;
   std::string profile;  // folder of the traces; empty: none
 };
@@ -107,7 +107,7 @@ absl::Status RunCase(CudaRuntime& gpu, const Case& c, const Settings& settings) 
   options.has_embedding = options.has_head = true;
   options.compute = at::kBFloat16;
   options.lora = {16, 2.0, 0.0, 42, AllTargets()};
-  options.head_chunk_rows = settings.checkpointing == Checkpointing::kFull ? 1024 : 2048;
+  options.head_chunk_rows = settings.checkpointing == model::ActivationCheckpointing::kFull ? 1024 : 2048;
   options.least_tokens = c.cu_seqlens.back();
   options.capture = settings.capture;
   options.device = at::Device(at::kCUDA, 0);
@@ -147,9 +147,9 @@ absl::Status RunCase(CudaRuntime& gpu, const Case& c, const Settings& settings) 
   const double median = seconds[seconds.size() / 2], tokens = c.cu_seqlens.back();
   const CudaMemory memory = gpu.Memory(0);
   nlohmann::json line = {{"case", c.name},
-                         {"checkpointing", settings.checkpointing == Checkpointing::kNone   ? "none"
-                                           : settings.checkpointing == Checkpointing::kFull ? "full"
-                                                                                            : "selective"},
+                         {"checkpointing", settings.checkpointing == model::ActivationCheckpointing::kNone   ? "none"
+                                           : settings.checkpointing == model::ActivationCheckpointing::kFull ? "full"
+                                                                                                             : "selective"},
                          {"tokens", tokens},
                          {"documents", c.cu_seqlens.size() - 1},
                          {"step_ms", median * 1e3},
@@ -187,7 +187,9 @@ absl::Status Main(const std::vector<std::string>& arguments) {
       settings.profile = arguments[++i];
     } else if (arguments[i] == "--checkpointing" && i + 1 < arguments.size()) {
       const std::string& kept = arguments[++i];
-      settings.checkpointing = kept == "full" ? Checkpointing::kFull : kept == "selective" ? Checkpointing::kSelective : Checkpointing::kNone;
+      settings.checkpointing = kept == "full"        ? model::ActivationCheckpointing::kFull
+                               : kept == "selective" ? model::ActivationCheckpointing::kSelective
+                                                     : model::ActivationCheckpointing::kNone;
     } else if (arguments[i] == "--path" && i + 1 < arguments.size()) {
       // Deterministic mode takes flash attention.
       at::globalContext().setDeterministicAlgorithms(arguments[++i] == "flash", false);

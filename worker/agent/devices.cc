@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "common/base/address.h"
 #include "common/base/files.h"
 #include "common/base/status.h"
 #include "worker/agent/host_facts.h"
@@ -56,14 +57,11 @@ absl::StatusOr<std::vector<v1::Device>> OfferDevices(const std::string& flag, in
 }
 
 absl::StatusOr<std::string> RouteAddress(const std::string& coordinator) {
-  const size_t colon = coordinator.rfind(':');
-  if (colon == std::string::npos) return absl::InvalidArgumentError(absl::StrCat("--coordinator \"", coordinator, "\" is not HOST:PORT"));
-  std::string host = coordinator.substr(0, colon);
-  if (host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+  PPFT_ASSIGN_OR_RETURN(const Address address, ParseAddress(coordinator, "--coordinator"));
   addrinfo hints = {};
   hints.ai_socktype = SOCK_DGRAM;
   addrinfo* found = nullptr;
-  const int error = getaddrinfo(host.c_str(), coordinator.substr(colon + 1).c_str(), &hints, &found);
+  const int error = getaddrinfo(address.host.c_str(), absl::StrCat(address.port).c_str(), &hints, &found);
   if (error != 0) return absl::UnavailableError(absl::StrCat("--coordinator ", coordinator, ": ", gai_strerror(error)));
   const std::unique_ptr<addrinfo, void (*)(addrinfo*)> holder(found, freeaddrinfo);
   // A connected datagram socket sends nothing; the kernel only chooses the route.

@@ -43,9 +43,6 @@ class Link {
   // Waits until every report is acknowledged or the time is over.
   void Flush(absl::Duration timeout);
 
-  // For PutFile and FetchFile: the same channel.
-  v1::WorkerService::Stub* stub() { return stub_.get(); }
-
  private:
   using Stream = grpc::ClientReaderWriter<v1::WorkerMessage, v1::CoordinatorMessage>;
 

@@ -11,8 +11,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "common/base/logging.h"
+#include "common/base/process.h"
 #include "common/base/status.h"
-#include "common/base/stopping.h"
 #include "worker/agent/cuda_devices.h"
 #include "worker/agent/devices.h"
 
@@ -81,10 +81,7 @@ absl::StatusOr<HostOffer> OfferHost(const std::string& devices, int threads_per_
 
 absl::Status ServeOffer(const AgentOptions& options, HostOffer offer, metrics::WorkerMetrics* metrics, absl::Duration look_again,
                         const std::function<absl::StatusOr<HostOffer>()>& look) {
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
+  const sigset_t signals = StopSignals();
   while (true) {
     AgentOptions now = options;
     now.devices = offer.devices;

@@ -16,7 +16,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
+#include "common/base/format.h"
 #include "common/base/logging.h"
 #include "common/base/status.h"
 #include "worker/trainer/beat.h"
@@ -32,7 +32,6 @@ namespace ppft::trainer {
 namespace {
 
 constexpr int kControlFd = 3;
-constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
 // Of a device's memory: what others hold beyond this is not the context and the communicators of this process.
 constexpr int64_t kForeignBytes = int64_t{4} << 30;
 constexpr char kForeignRemedy[] = "end the other processes on that device, or give the worker devices of its own; the job tries again by itself";
@@ -82,24 +81,22 @@ absl::StatusOr<UsedDevice> UseDevice(const std::string& device) {
 absl::Status ExplainMemory(const absl::Status& status, const TrainerConfig& config, CudaRuntime* cuda) {
   if (cuda == nullptr || !IsOutOfDeviceMemory(status)) return status;
   const absl::StatusOr<CudaMemory> memory = CatchTorch("", [&]() -> absl::StatusOr<CudaMemory> { return cuda->Memory(0); });
-  std::string text = absl::StrFormat(" (the plan's estimate: %.1f GiB", static_cast<double>(config.me().peak_bytes) / kGiB);
+  std::string text = absl::StrCat(" (the plan's estimate: ", FormatBytes(config.me().peak_bytes));
   if (memory.ok()) {
-    absl::StrAppendFormat(&text, "; this rank held %.1f GiB of the device's %.1f GiB, %.1f GiB were free", static_cast<double>(memory->reserved_bytes) / kGiB,
-                          static_cast<double>(memory->device_bytes) / kGiB, static_cast<double>(memory->device_free_bytes) / kGiB);
+    absl::StrAppend(&text, "; this rank held ", FormatBytes(memory->reserved_bytes), " of the device's ", FormatBytes(memory->device_bytes), ", ",
+                    FormatBytes(memory->device_free_bytes), " were free");
   }
   const int64_t others = memory.ok() ? memory->device_bytes - memory->device_free_bytes - memory->reserved_bytes : 0;
   absl::Status explained;
   if (others > kForeignBytes) {
     // The job would fit where it is alone: another attempt may succeed.
-    absl::StrAppendFormat(&text, "; other processes hold %.1f GiB of it", static_cast<double>(others) / kGiB);
+    absl::StrAppend(&text, "; other processes hold ", FormatBytes(others), " of it");
     explained = WithReason(status, "OUT_OF_DEVICE_MEMORY", "INFRASTRUCTURE", kForeignRemedy);
   } else {
     explained = WithReason(status, "OUT_OF_DEVICE_MEMORY", "USER",
                            "lower training.micro_batch_size or data.sequence_len, set parallel.activation_checkpointing: full, or use more pipeline stages");
   }
-  absl::Status out_status(explained.code(), absl::StrCat(explained.message(), text, ")"));
-  explained.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) { out_status.SetPayload(url, payload); });
-  return out_status;
+  return WithMessage(explained, absl::StrCat(explained.message(), text, ")"));
 }
 
 absl::Status Work(const std::string& device, Control& control, std::unique_ptr<Trainer>& trainer) {

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <map>
 
-#include "absl/strings/str_format.h"
 #include "common/model/inventory.h"
 
 namespace ppft::coordinator {
@@ -131,12 +130,6 @@ int64_t TotalBytes(const v1::MemoryEstimate& memory) {
     total += static_cast<double>(part);
   }
   return Bounded(total);
-}
-
-std::string FormatBytes(int64_t bytes) {
-  const double mib = static_cast<double>(bytes) / kMiB;
-  if (mib >= 1024) return absl::StrFormat("%.1f GiB", mib / 1024);
-  return absl::StrFormat(mib >= 10 ? "%.0f MiB" : "%.1f MiB", mib);
 }
 
 }  // namespace ppft::coordinator

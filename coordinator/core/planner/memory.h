@@ -36,7 +36,4 @@ struct RankMemoryInput {
 v1::MemoryEstimate RankMemory(const RankMemoryInput& input);
 int64_t TotalBytes(const v1::MemoryEstimate& memory);
 
-// "1.5 GiB", "320 MiB".
-std::string FormatBytes(int64_t bytes);
-
 }  // namespace ppft::coordinator

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "common/base/format.h"
 #include "common/base/status.h"
 #include "common/pipeline/mesh.h"
 #include "coordinator/core/planner/memory.h"

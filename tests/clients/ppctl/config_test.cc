@@ -57,7 +57,7 @@ TEST_F(ConfigTest, ContextsAreSetUsedAndDeleted) {
 
 TEST_F(ConfigTest, AFlagCountsBeforeTheEnvironmentBeforeTheContext) {
   ASSERT_EQ(Run({"config", "set", "lab", "server=nowhere", "output=name"}).code, 0);
-  EXPECT_THAT(Run({"status"}).err, HasSubstr("\"nowhere\" is not an address"));
+  EXPECT_THAT(Run({"status"}).err, HasSubstr("\"nowhere\" is not HOST:PORT"));
   setenv("PPCTL_SERVER", coordinator_.address().c_str(), 1);
   EXPECT_EQ(Run({"status"}).code, 0);
   EXPECT_THAT(Run({"status", "--server", "elsewhere"}).err, HasSubstr("\"elsewhere\""));

@@ -1,5 +1,6 @@
 #include "common/base/files.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -36,8 +37,11 @@ TEST_F(FilesTest, AtomicWriteReplacesWholeAndLeavesNoTemporary) {
 TEST_F(FilesTest, RangesAreExact) {
   const std::string path = root_ + "/f";
   ASSERT_TRUE(WriteFileAtomic(path, "0123456789").ok());
-  EXPECT_EQ(*ReadRange(path, 3, 4), "3456");
-  EXPECT_EQ(ReadRange(path, 8, 4).status().code(), absl::StatusCode::kOutOfRange);
+  const Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  char bytes[4];
+  ASSERT_TRUE(ReadAt(fd.get(), bytes, 4, 3, path).ok());
+  EXPECT_EQ(std::string(bytes, 4), "3456");
+  EXPECT_EQ(ReadAt(fd.get(), bytes, 4, 8, "tensor q").ToString(), "DATA_LOSS: tensor q: the file ends at byte 10, 2 bytes too early");
   EXPECT_EQ(*FileSize(path), 10);
   EXPECT_EQ(ReadFile(path, 9).status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(ReadFile(root_ + "/none").status().code(), absl::StatusCode::kNotFound);

@@ -21,7 +21,7 @@ using ::testing::HasSubstr;
 constexpr char kGood[] = R"({"prompt":"a","completion":"b"})";
 
 absl::Status Check(const std::string& bytes, const std::string& type = "prompt_completion", const std::map<std::string, std::string>& field_map = {}) {
-  return CheckRows("bad.jsonl", bytes, type, field_map);
+  return MeasureRows("bad.jsonl", bytes, type, field_map).status();
 }
 
 std::vector<std::string> ReadAll(const std::string& bytes, const std::string& type = "prompt_completion") {
@@ -103,7 +103,7 @@ INSTANTIATE_TEST_SUITE_P(
                       BadCase{"huge number", "{\"prompt\":\"a\",\"completion\":\"b\",\"x\":1e999}", {"row 1", "out of range"}},
                       BadCase{"hostile keys", "{\"" + std::string(5000, 'k') + "\":1,\"\\u0000\\n\":2}", {"row 1", "field prompt is missing"}}));
 
-TEST(CheckRowsTest, FieldMapNamesTheKeys) {
+TEST(RowsTest, FieldMapNamesTheKeys) {
   EXPECT_TRUE(Check(R"({"dialogue":"a","summary":"b"})", "summarization", {{"document", "dialogue"}}).ok());
   EXPECT_THAT(Check(kGood, "summarization", {{"dokument", "a"}}).message(), HasSubstr("document and summary"));
   EXPECT_THAT(Check(kGood, "completion", {{"prompt", "a"}}).message(), HasSubstr("the roles of completion are text"));

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "tests/common/data/token_file_bytes.h"
+
 namespace ppft::data {
 namespace {
 
@@ -21,7 +23,7 @@ struct Example {
   std::vector<int64_t> offsets = {0, 3, 5};
   std::vector<int64_t> numbers = {4, 9};
 
-  std::string Bytes() const { return SerializeTokenFile(TokenRows{ids, supervised, offsets, numbers}, {{"seed", "1"}, {"sources", "[\"ä\"]"}}); }
+  std::string Bytes() const { return TokenFileBytes(TokenRows{ids, supervised, offsets, numbers}, {{"seed", "1"}, {"sources", "[\"ä\"]"}}); }
 };
 
 // Heap memory starts at a multiple of 8, as a mapping does.

@@ -81,8 +81,6 @@ TEST(Cost, MatchesThePublishedFigureOfThe1B) {
   const Flops layer = LayerFlops(c, lora, 1, 2048);
   const double per_token = 16 * (layer.forward + layer.backward) + HeadFlops(c, 1).forward;
   EXPECT_NEAR(per_token / 1e9, 5.41, 0.01);
-  // 51 KB per token and layer in bf16.
-  EXPECT_NEAR(static_cast<double>(ActivationBytesOfLayer(c, lora, 1, 2)) / 1e3, 51.4, 0.6);
 }
 
 // Found by traces of two H200s, micro-batches of 2 x 2048: a layer 2.34 to 2.41 ms, 0.96 to 0.99 of them forward, the head with its loss 6.3.

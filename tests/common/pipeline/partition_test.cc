@@ -15,6 +15,19 @@ using ::testing::HasSubstr;
 
 ModelCost Even(int layers, double first, double last) { return {std::vector<double>(layers, 1.0), first, last}; }
 
+// Of each stage of a cut.
+std::vector<double> StageCosts(const ModelCost& cost, const std::vector<int>& layers_per_stage) {
+  std::vector<double> costs;
+  auto layer = cost.layers.begin();
+  for (const int layers : layers_per_stage) {
+    costs.push_back(std::accumulate(layer, layer + layers, 0.0));
+    layer += layers;
+  }
+  costs.front() += cost.first;
+  costs.back() += cost.last;
+  return costs;
+}
+
 TEST(PartitionTest, CountsTheHead) {
   // A head worth four decoder layers: the last of four stages keeps one layer.
   EXPECT_THAT(*PartitionLayers(Even(16, 0, 4), 4), ElementsAre(5, 5, 5, 1));

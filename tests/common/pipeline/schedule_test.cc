@@ -2,6 +2,7 @@
 #include "common/pipeline/schedule.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <fstream>
 #include <functional>
@@ -40,6 +41,21 @@ std::vector<Program> Lowered(const ScheduleShape& s) {
   absl::StatusOr<std::vector<Program>> programs = Lower(*compute, s.pipeline_size * s.virtual_stages);
   EXPECT_TRUE(programs.ok()) << Name(s) << ": " << programs.status();
   return *programs;
+}
+
+// What theory says for `pipeline_rank`, micro-batches times stages; for interleaving with g the largest group.
+int TheoreticalPeakActivations(const ScheduleShape& s, int pipeline_rank) {
+  const int total = s.virtual_stages * s.num_microbatches, behind = s.pipeline_size - pipeline_rank - 1;
+  const int groups = std::max(1, s.num_microbatches / s.pipeline_size), g = (s.num_microbatches + groups - 1) / groups;
+  if (s.kind == ScheduleKind::kGPipe) return total;
+  if (s.kind == ScheduleKind::k1F1B) return std::min(total, behind + 1);
+  return std::min(total, 2 * behind + (s.virtual_stages - 1) * g + 1);
+}
+
+// The idle share when all stages cost the same (m >= p when interleaved).
+double IdealBubbleRatio(const ScheduleShape& s) {
+  const double idle = s.pipeline_size - 1;
+  return idle / (static_cast<double>(s.virtual_stages) * s.num_microbatches + idle);
 }
 
 TEST(ScheduleTest, EveryShapeIsLegalAndFreeOfDeadlockUnderEveryTransport) {
@@ -312,6 +328,32 @@ TEST(SimulatorTest, ImbalanceShowsAsBubble) {
   EXPECT_NEAR(run->rank_bubble_ratio[0], 1 - 32.0 / 70, 1e-12);
   options.forward_cost = {1, 1};
   EXPECT_EQ(Simulate(Lowered(s), WorkOf(s), options).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+// A row per rank, a column per unit of time, idle time as ".". Only compute actions are drawn; costs are whole numbers.
+std::string DrawTimeline(const std::vector<Program>& programs, const Simulation& simulation) {
+  size_t width = 0;
+  for (const Program& program : programs) {
+    for (const Action& action : program) {
+      if (IsCompute(action.op)) width = std::max(width, ToString(action).size());
+    }
+  }
+  const int columns = static_cast<int>(std::lround(simulation.makespan));
+  std::string picture;
+  for (size_t rank = 0; rank < programs.size(); ++rank) {
+    std::vector<std::string> row(columns, ".");
+    for (size_t i = 0; i < programs[rank].size(); ++i) {
+      if (!IsCompute(programs[rank][i].op)) continue;
+      const Span& span = simulation.spans[rank][i];
+      const int end = std::min(columns, static_cast<int>(std::lround(span.end)));
+      for (int c = static_cast<int>(std::lround(span.start)); c < end; ++c) row[c] = ToString(programs[rank][i]);
+    }
+    std::string line = absl::StrCat("rank ", rank, " |");
+    for (const std::string& cell : row) absl::StrAppend(&line, " ", cell, std::string(width - std::min(width, cell.size()), ' '));
+    line.erase(line.find_last_not_of(' ') + 1);
+    absl::StrAppend(&picture, line, "\n");
+  }
+  return picture;
 }
 
 std::string Picture(const ScheduleShape& s) {

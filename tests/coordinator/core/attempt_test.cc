@@ -143,13 +143,13 @@ TEST(Progress, RewindingGoesToTheNewestCheckpointOrTheBeginning) {
   v1::MetricRow row;
   row.set_loss(1.25);
   row.set_epoch(0.5);
-  RewindTo(status, &checkpoint, row, absl::nullopt);
+  RewindTo(status, &checkpoint, row, std::nullopt);
   EXPECT_EQ(status.step(), 50);
   EXPECT_EQ(status.checkpoint_step(), 50);
   EXPECT_EQ(status.tokens_seen(), 5000);
   EXPECT_EQ(status.loss(), 1.25);
   EXPECT_FALSE(status.has_best_metric());
-  RewindTo(status, nullptr, absl::nullopt, absl::nullopt);
+  RewindTo(status, nullptr, std::nullopt, std::nullopt);
   EXPECT_EQ(status.step(), 0);
   EXPECT_FALSE(status.has_loss());
 }

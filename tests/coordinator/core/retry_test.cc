@@ -208,11 +208,9 @@ TEST(Retry, ABrokenLinkAndAnUnexplainedExitWaitForTheirCause) {
   plain.set_status(1);
   killed.set_signal(SIGKILL);
   const Failure a = FailureOf(link, 0, 0), b = FailureOf(plain, 0, "w", 0), c = FailureOf(killed, 0, "w", 0);
-  EXPECT_TRUE(a.waits_for_cause());
-  EXPECT_TRUE(b.waits_for_cause());
-  EXPECT_FALSE(c.waits_for_cause());
-  EXPECT_LT(a.weight, b.weight);
-  EXPECT_LT(b.weight, c.weight);
+  EXPECT_EQ(a.weight, Failure::Weight::kBrokenLink);
+  EXPECT_EQ(b.weight, Failure::Weight::kUnexplainedExit);
+  EXPECT_EQ(c.weight, Failure::Weight::kCause);
 }
 
 TEST(Retry, AFullDiskPausesAndCostsNoRestart) {

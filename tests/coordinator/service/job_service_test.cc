@@ -334,7 +334,7 @@ TEST(CallGate, EveryMethodHasARole) {
 }
 
 TEST(Listen, OnlyLoopbackWithoutTls) {
-  const TlsFiles none, all{"cert", "key", "ca"}, some{"cert", "", ""};
+  const net::TlsFiles none, all{"ca", "cert", "key"}, some{"", "cert", ""};
   for (const char* fine : {"127.0.0.1:7070", "localhost:0", "[::1]:1", "127.8.8.8:65535"}) EXPECT_TRUE(CheckListen(fine, none).ok()) << fine;
   for (const char* open : {"0.0.0.0:7070", "10.0.0.1:7070", "[::]:7070", "example.org:1"}) {
     const absl::Status status = CheckListen(open, none);

@@ -17,8 +17,4 @@ std::vector<NamedTensor> AdapterTensorsOf(const std::vector<StageModel*>& stages
 // Writes them as (a shard of) adapter_model.safetensors.
 absl::StatusOr<WrittenFile> WriteAdapterFile(const std::string& path, const std::vector<StageModel*>& stages);
 
-// Sets every master of the stage from `adapter` (F32, BF16 or F16; tensors of other stages in it are ignored) and refreshes the compute copies.
-// INVALID_ARGUMENT names the tensor that is missing, has another shape, or holds a number that is not finite; the stage is then unchanged.
-absl::Status LoadAdapter(const TensorFile& adapter, StageModel& stage);
-
 }  // namespace ppft::trainer

@@ -116,16 +116,4 @@ absl::StatusOr<TensorSource> SourceOfFiles(const std::vector<std::string>& paths
   });
 }
 
-absl::StatusOr<TensorSource> SourceOfFolder(const std::string& folder) {
-  const std::string index = JoinPath(folder, "model.safetensors.index.json");
-  if (!PathExists(index)) return SourceOfFiles({JoinPath(folder, "model.safetensors")});
-  PPFT_ASSIGN_OR_RETURN(const std::string json, ReadFile(index));
-  PPFT_ASSIGN_OR_RETURN(const auto file_of_tensor, model::ParseSafetensorsIndex(json, index));
-  std::set<std::string> names;
-  for (const auto& [tensor, file] : file_of_tensor) names.insert(file);
-  std::vector<std::string> paths;
-  for (const std::string& name : names) paths.push_back(JoinPath(folder, name));
-  return SourceOfFiles(paths);
-}
-
 }  // namespace ppft::trainer

@@ -59,7 +59,5 @@ absl::StatusOr<WrittenFile> WriteTensorFile(const std::string& path, const std::
 
 // Reads from these files, each name from the first that has it.
 absl::StatusOr<TensorSource> SourceOfFiles(const std::vector<std::string>& paths);
-// model.safetensors, or the shards of model.safetensors.index.json.
-absl::StatusOr<TensorSource> SourceOfFolder(const std::string& folder);
 
 }  // namespace ppft::trainer

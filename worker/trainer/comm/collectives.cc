@@ -76,21 +76,6 @@ absl::Status Group::Barrier() {
   return AllReduceSum(absl::Span<double>(&nothing, 1));
 }
 
-absl::Status Group::Broadcast(void* data, int64_t bytes, int root) {
-  const Tag tag = NextTag();
-  if (bytes == 0) return absl::OkStatus();
-  if (index_ != root) {
-    PPFT_ASSIGN_OR_RETURN(const Ticket ticket,
-                          transport_->PostReceive(members_[static_cast<size_t>(root)], Channel::kControl, tag, ViewOf(static_cast<char*>(data), bytes)));
-    return transport_->Wait(ticket);
-  }
-  const Buffer copy = CopyOf(static_cast<const char*>(data), bytes);
-  for (int i = 0; i < size(); ++i) {
-    if (i != index_) PPFT_RETURN_IF_ERROR(transport_->Send(members_[static_cast<size_t>(i)], Channel::kControl, tag, copy));
-  }
-  return absl::OkStatus();
-}
-
 std::vector<int64_t> Group::EvenBounds(int64_t count) const {
   std::vector<int64_t> bounds(members_.size() + 1);
   for (size_t i = 0; i <= members_.size(); ++i) bounds[i] = count * static_cast<int64_t>(i) / static_cast<int64_t>(members_.size());

@@ -1,5 +1,7 @@
 // Operations of a group of ranks over a Transport, on its control channel. Sums are formed in the group's order, so every rank gets the same bits, run
 // after run. All members call the same operations in the same order.
+//
+// Thread: the transport's, one at a time; what is not begun blocks until its messages have come. Errors: the transport's; after one the group is spent.
 #pragma once
 
 #include <memory>
@@ -26,8 +28,6 @@ class Group {
   // In place.
   absl::Status AllReduceSum(absl::Span<double> values);
   absl::Status Barrier();
-  // From member `root` (an index in the group) to all.
-  absl::Status Broadcast(void* data, int64_t bytes, int root);
 
   // The same with computation in between. What is begun is ended in that order; several may be under way.
   struct Gathering {

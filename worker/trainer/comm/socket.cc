@@ -11,9 +11,10 @@
 
 #include <algorithm>
 
-#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "common/base/address.h"
 #include "common/base/status.h"
 
 namespace ppft::trainer {
@@ -58,19 +59,12 @@ absl::StatusOr<std::string> LocalAddress(int fd, const std::string& host) {
   char name[NI_MAXHOST], port[NI_MAXSERV];
   const int rc = getnameinfo(reinterpret_cast<struct sockaddr*>(&storage), size, name, sizeof(name), port, sizeof(port), NI_NUMERICHOST | NI_NUMERICSERV);
   if (rc != 0) return absl::UnavailableError(absl::StrCat("getnameinfo: ", gai_strerror(rc)));
-  const std::string shown = host.empty() ? std::string(name) : host;
-  return absl::StrContains(shown, ":") ? absl::StrCat("[", shown, "]:", port) : absl::StrCat(shown, ":", port);
+  int number = 0;
+  if (!absl::SimpleAtoi(port, &number)) return absl::InternalError(absl::StrCat("getnameinfo: port ", port));
+  return FormatAddress(host.empty() ? name : host, number);
 }
 
 }  // namespace
-
-absl::StatusOr<std::pair<std::string, std::string>> SplitHostPort(const std::string& address) {
-  const size_t colon = address.rfind(':');
-  if (colon == std::string::npos || colon + 1 == address.size()) return absl::InvalidArgumentError(absl::StrCat("\"", address, "\" is no HOST:PORT"));
-  std::string host = address.substr(0, colon);
-  if (host.size() >= 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
-  return std::make_pair(host, address.substr(colon + 1));
-}
 
 absl::StatusOr<std::pair<Fd, std::string>> ListenOn(const std::string& host) {
   AddressList list;
@@ -89,9 +83,9 @@ absl::StatusOr<std::pair<Fd, std::string>> ListenOn(const std::string& host) {
 }
 
 absl::StatusOr<Fd> Dial(const std::string& address, absl::Time deadline) {
-  PPFT_ASSIGN_OR_RETURN(auto host_port, SplitHostPort(address));
+  PPFT_ASSIGN_OR_RETURN(const Address peer, ParseAddress(address, "the peer's address"));
   AddressList list;
-  PPFT_RETURN_IF_ERROR(Resolve(host_port.first, host_port.second, /*passive=*/false, &list));
+  PPFT_RETURN_IF_ERROR(Resolve(peer.host, absl::StrCat(peer.port), /*passive=*/false, &list));
   absl::Status last = absl::UnavailableError(absl::StrCat("no address for ", address));
   for (const struct addrinfo* a = list.first; a != nullptr; a = a->ai_next) {
     Fd fd(socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC | SOCK_NONBLOCK, a->ai_protocol));

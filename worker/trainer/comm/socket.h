@@ -11,9 +11,6 @@
 
 namespace ppft::trainer {
 
-// "1.2.3.4:5", "[::1]:5" or "name:5" -> host and port. INVALID_ARGUMENT otherwise.
-absl::StatusOr<std::pair<std::string, std::string>> SplitHostPort(const std::string& address);
-
 absl::StatusOr<std::pair<Fd, std::string>> ListenOn(const std::string& host);  // any port; "HOST:PORT"
 // One try. UNAVAILABLE if nobody listens there, DEADLINE_EXCEEDED at the deadline.
 absl::StatusOr<Fd> Dial(const std::string& address, absl::Time deadline);

@@ -17,7 +17,7 @@ absl::Status WithPeer(absl::Status status, int peer) {
 }
 
 int PeerOf(const absl::Status& status) {
-  const absl::optional<absl::Cord> payload = status.GetPayload(kPeerPayload);
+  const auto payload = status.GetPayload(kPeerPayload);
   int peer = -1;
   if (!payload.has_value() || !absl::SimpleAtoi(std::string(*payload), &peer)) return -1;
   return peer;

@@ -14,7 +14,7 @@ constexpr char kOwner[] = "ppft/reason-owner";
 constexpr char kRemedy[] = "ppft/reason-remedy";
 
 std::string PayloadOf(const absl::Status& status, const char* url) {
-  const absl::optional<absl::Cord> payload = status.GetPayload(url);
+  const auto payload = status.GetPayload(url);
   return payload.has_value() ? std::string(*payload) : std::string();
 }
 

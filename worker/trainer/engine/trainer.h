@@ -142,7 +142,7 @@ class Trainer {
   const pipeline::Mesh mesh_;
   model::ModelConfig model_config_;
   at::ScalarType compute_ = at::kFloat;
-  Checkpointing checkpointing_ = Checkpointing::kNone;
+  model::ActivationCheckpointing checkpointing_ = model::ActivationCheckpointing::kNone;
   pipeline::Program program_;
   pipeline::Program eval_program_;  // of eval_window_ passes
   int eval_window_ = 0;

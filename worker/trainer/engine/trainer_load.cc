@@ -47,13 +47,6 @@ absl::StatusOr<at::ScalarType> ComputeType(const std::string& name) {
   return absl::InvalidArgumentError(absl::StrCat("precision.compute \"", name, "\" is unknown: use fp32, bf16 or fp16"));
 }
 
-absl::StatusOr<Checkpointing> CheckpointingOf(const std::string& name) {
-  if (name.empty() || name == "none") return Checkpointing::kNone;
-  if (name == "selective") return Checkpointing::kSelective;
-  if (name == "full") return Checkpointing::kFull;
-  return absl::InvalidArgumentError(absl::StrCat("parallel.activation_checkpointing \"", name, "\" is unknown: use none, selective or full"));
-}
-
 std::vector<std::string> PathsOf(const std::vector<FileOnDisk>& files) {
   std::vector<std::string> paths;
   for (const FileOnDisk& file : files) paths.push_back(file.path);
@@ -92,7 +85,7 @@ StageOptions Trainer::OptionsOf(int stage) const {
   if (cuda_ != nullptr) {
     options.device = at::Device(at::kCUDA, 0);
     options.kernels = &cuda_->KernelsOf(0);
-    options.head_chunk_rows = checkpointing_ == Checkpointing::kFull ? model::kCudaSmallHeadRows : model::kCudaHeadRows;
+    options.head_chunk_rows = checkpointing_ == model::ActivationCheckpointing::kFull ? model::kCudaSmallHeadRows : model::kCudaHeadRows;
     options.least_tokens = plan().pass_tokens();
     // The host cannot launch small passes as fast as a GPU does them: few shapes, captured. Padding large ones would cost more than it gains.
     if (plan().pass_tokens() <= kMostPaddedTokens) {
@@ -118,7 +111,7 @@ absl::Status Trainer::Load() {
     reporter_->Log(Severity::kWarning,
                    absl::StrCat(plan().compute, " is slow on a CPU, which has no fast products for it: precision.compute: fp32 is faster there"));
   }
-  PPFT_ASSIGN_OR_RETURN(checkpointing_, CheckpointingOf(config_.activation_checkpointing));
+  PPFT_ASSIGN_OR_RETURN(checkpointing_, model::ParseActivationCheckpointing(config_.activation_checkpointing));
   PPFT_ASSIGN_OR_RETURN(program_, pipeline::ParseProgram(config_.me().program));
   PPFT_RETURN_IF_ERROR(CheckPasses(program_, plan()));
   absl::StatusOr<model::ModelConfig> parsed = model::ParseModelConfig(config_.model_config, "config.json");

@@ -23,11 +23,12 @@ LayerActivations LayerActivations::Rows(int64_t tokens) const {
   return rows;
 }
 
-ActivationPool::ActivationPool(int num_layers, const LayerSizes& sizes, Checkpointing checkpointing, const at::TensorOptions& compute, at::ScalarType acc,
-                               int64_t least_tokens)
+ActivationPool::ActivationPool(int num_layers, const LayerSizes& sizes, model::ActivationCheckpointing checkpointing, const at::TensorOptions& compute,
+                               at::ScalarType acc, int64_t least_tokens)
     : num_layers_(num_layers), sizes_(sizes), checkpointing_(checkpointing), compute_(compute), acc_(acc), least_tokens_(least_tokens) {}
 
-std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing, bool with_hidden) const {
+std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, int64_t tokens, model::ActivationCheckpointing checkpointing,
+                                                                bool with_hidden) const {
   auto set = std::make_unique<MicrobatchActivations>();
   set->capacity = tokens;
   const auto rows = [&](int64_t columns) {
@@ -42,7 +43,7 @@ std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, i
   for (size_t i = 0; i < layers; ++i) {
     LayerActivations a;
     if (with_hidden) a.hidden = rows(sizes_.hidden);
-    if (checkpointing == Checkpointing::kFull) {
+    if (checkpointing == model::ActivationCheckpointing::kFull) {
       set->layers.push_back(std::move(a));
       continue;
     }
@@ -53,7 +54,7 @@ std::unique_ptr<MicrobatchActivations> ActivationPool::Allocate(size_t layers, i
     a.lse = acc({sizes_.q_heads, tokens});
     a.middle = rows(sizes_.hidden);
     a.middle_rstd = acc({tokens});
-    if (checkpointing == Checkpointing::kNone) a.gate_up = rows(sizes_.gate_up);
+    if (checkpointing == model::ActivationCheckpointing::kNone) a.gate_up = rows(sizes_.gate_up);
     a.gate_up_lora = rows(sizes_.gate_up_lora);
     a.down_lora = rows(sizes_.down_lora);
     set->layers.push_back(std::move(a));
@@ -92,9 +93,9 @@ const LayerActivations& ActivationPool::Reserve(int64_t tokens) {
   if (transient_ == nullptr || transient_->capacity < tokens) {
     transient_.reset();
     // Part of passes with a backward only where that makes things again; a probe of few tokens alone needs little.
-    const bool recomputes = checkpointing_ != Checkpointing::kNone;
+    const bool recomputes = checkpointing_ != model::ActivationCheckpointing::kNone;
     if (recomputes) ++generation_;
-    transient_ = Allocate(1, recomputes ? std::max(tokens, least_tokens_) : tokens, Checkpointing::kNone, /*with_hidden=*/false);
+    transient_ = Allocate(1, recomputes ? std::max(tokens, least_tokens_) : tokens, model::ActivationCheckpointing::kNone, /*with_hidden=*/false);
   }
   return transient_->layers[0];
 }

@@ -1,5 +1,7 @@
 // Memory of a stage: what backward needs of each micro-batch, taken from a pool, and scratch buffers that all layers share. A steady step allocates nothing
 // large: buffers grow to the largest micro-batch seen and stay.
+//
+// Thread: one at a time, the stage's.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -53,7 +55,7 @@ struct MicrobatchActivations {
 class ActivationPool {
  public:
   // What backward needs is made for at least `least_tokens`.
-  ActivationPool(int num_layers, const LayerSizes& sizes, Checkpointing checkpointing, const at::TensorOptions& compute, at::ScalarType acc,
+  ActivationPool(int num_layers, const LayerSizes& sizes, model::ActivationCheckpointing checkpointing, const at::TensorOptions& compute, at::ScalarType acc,
                  int64_t least_tokens);
 
   // A free set of buffers for that micro-batch, with what is kept; FindKept gives it until Release. Overwrites one that is already kept.
@@ -74,13 +76,13 @@ class ActivationPool {
 
  private:
   static int64_t BytesOf(const MicrobatchActivations& set);
-  std::unique_ptr<MicrobatchActivations> Allocate(size_t layers, int64_t tokens, Checkpointing checkpointing, bool with_hidden) const;
+  std::unique_ptr<MicrobatchActivations> Allocate(size_t layers, int64_t tokens, model::ActivationCheckpointing checkpointing, bool with_hidden) const;
   // Of the transient set, whose layer has no `hidden` before it is a pass's own.
   const LayerActivations& Reserve(int64_t tokens);
 
   const size_t num_layers_;
   const LayerSizes sizes_;
-  const Checkpointing checkpointing_;
+  const model::ActivationCheckpointing checkpointing_;
   const at::TensorOptions compute_;
   const at::ScalarType acc_;
   int64_t least_tokens_;

@@ -445,8 +445,8 @@ absl::Status LlamaStage::RunBackward(MicrobatchActivations& saved, const at::Ten
   for (size_t i = layers_.size(); i-- > 0;) {
     PPFT_RETURN_IF_ERROR(UseLayer(i, static_cast<int>(i) - 1));
     const LayerActivations rows = pool_->Rows(saved, i, tokens);
-    if (options_.checkpointing == Checkpointing::kFull) layers_[i]->Recompute(pass, rows);
-    if (options_.checkpointing == Checkpointing::kSelective) layers_[i]->RecomputeGateUp(pass, rows);
+    if (options_.checkpointing == model::ActivationCheckpointing::kFull) layers_[i]->Recompute(pass, rows);
+    if (options_.checkpointing == model::ActivationCheckpointing::kSelective) layers_[i]->RecomputeGateUp(pass, rows);
     if (sharded_gradients_ != nullptr) sharded_gradients_->Begin(i);
     layers_[i]->Backward(pass, rows, dhidden, /*input_gradient=*/i > 0 || !options_.has_embedding);
     if (sharded_gradients_ != nullptr) PPFT_RETURN_IF_ERROR(sharded_gradients_->Sum(i));

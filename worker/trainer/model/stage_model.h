@@ -18,6 +18,7 @@
 #include "absl/strings/string_view.h"
 #include "common/model/config.h"
 #include "common/model/inventory.h"
+#include "common/model/memory.h"
 #include "worker/trainer/kernels/kernels.h"
 #include "worker/trainer/kernels/optimizer.h"
 #include "worker/trainer/model/replica_exchange.h"
@@ -39,13 +40,6 @@ enum class WeightHome {
   kStreamed,  // one layer at a time, read from the source just before it is used
 };
 
-// What a forward pass keeps for its backward pass. The norms' and SwiGLU's outputs are always made again.
-enum class Checkpointing {
-  kNone,       // the layers' other intermediate values
-  kSelective,  // those without the product of gate and up, the largest: backward makes it again
-  kFull,       // the layers' inputs alone: backward goes forward through each layer again
-};
-
 struct StageOptions {
   int stage = 0;
   int first_layer = 0;
@@ -56,7 +50,7 @@ struct StageOptions {
   Kernels* kernels = nullptr;           // of that device; null: the CPU's. Outlives the stage
   at::ScalarType compute = at::kFloat;  // of the base and the activations; adapters and their gradients stay fp32
   LoraOptions lora;
-  Checkpointing checkpointing = Checkpointing::kNone;
+  model::ActivationCheckpointing checkpointing = model::ActivationCheckpointing::kNone;
   WeightHome weights = WeightHome::kResident;
   int num_replicas = 1;  // kSharded: of this stage, and which of them this one is
   int replica = 0;

@@ -95,13 +95,11 @@ TEST_F(TensorFileTest, RawTensorMustHaveItsSize) {
   EXPECT_EQ(MapRawTensor(Path("raw"), at::kFloat, {4, 4}).status().code(), absl::StatusCode::kDataLoss);
 }
 
-TEST_F(TensorFileTest, FolderWithAnIndexReadsTheRightShard) {
+TEST_F(TensorFileTest, EachTensorComesFromTheFileThatHasIt) {
   const at::Tensor a = at::randn({3}), b = at::randn({2, 2});
   ASSERT_TRUE(WriteTensorFile(Path("model-1.safetensors"), {{"a", a}}, {}).ok());
-  ASSERT_TRUE(WriteTensorFile(Path("model-2.safetensors"), {{"b", b}}, {}).ok());
-  const std::string index = model::SafetensorsIndexText({{"a", "model-1.safetensors"}, {"b", "model-2.safetensors"}}, 28);
-  ASSERT_TRUE(WriteFileAtomic(Path("model.safetensors.index.json"), index).ok());
-  const auto source = SourceOfFolder(folder_);
+  ASSERT_TRUE(WriteTensorFile(Path("model-2.safetensors"), {{"a", b}, {"b", b}}, {}).ok());
+  const auto source = SourceOfFiles({Path("model-1.safetensors"), Path("model-2.safetensors")});
   ASSERT_TRUE(source.ok()) << source.status();
   EXPECT_TRUE(at::equal(*(*source)("a"), a));
   EXPECT_TRUE(at::equal(*(*source)("b"), b));

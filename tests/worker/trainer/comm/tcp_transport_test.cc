@@ -14,6 +14,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "common/base/status.h"
 #include "worker/trainer/comm/collectives.h"
 #include "worker/trainer/comm/frame.h"
 #include "worker/trainer/comm/socket.h"
@@ -243,6 +244,31 @@ TEST(TcpTransport, SilenceEndsAtTheStallTimeout) {
   EXPECT_EQ(PeerOf(statuses[0]), 1);
 }
 
+TEST(TcpTransport, WithoutALimitAPeerIsWaitedForAsLongAsItLives) {
+  Gang gang(2);
+  const auto statuses = gang.Run(
+      [&](Transport& transport) -> absl::Status {
+        transport.WaitWithoutLimit();
+        if (transport.rank() == 1) {
+          absl::SleepFor(absl::Milliseconds(600));
+          return transport.Send(0, Channel::kControl, {1, 0, 0}, BufferOf(Values(10, 3)));  // and ends without a goodbye
+        }
+        for (int pass = 1; pass <= 2; ++pass) {
+          auto into = std::make_shared<std::vector<float>>(10);
+          auto ticket = transport.PostReceive(1, Channel::kControl, {pass, 0, 0}, BufferOf(into));
+          if (!ticket.ok()) return ticket.status();
+          const absl::Status status = transport.Wait(*ticket);
+          if (!status.ok()) return Annotate(status, absl::StrCat("message ", pass));
+        }
+        return absl::OkStatus();
+      },
+      [](TcpOptions& options) { options.stall_timeout = absl::Milliseconds(100); });
+  EXPECT_TRUE(statuses[1].ok()) << statuses[1];
+  EXPECT_TRUE(absl::IsUnavailable(statuses[0])) << statuses[0];
+  EXPECT_EQ(PeerOf(statuses[0]), 1);
+  EXPECT_THAT(std::string(statuses[0].message()), HasSubstr("message 2"));
+}
+
 TEST(TcpTransport, AMessageOfAnotherSizeIsRefused) {
   for (const bool post_first : {true, false}) {
     Gang gang(2);
@@ -337,7 +363,6 @@ TEST(Collectives, EveryRankGetsTheSameBitsInTheGroupsOrder) {
     Gang gang(size);
     std::vector<std::vector<double>> gathered(size), summed(size);
     std::vector<std::vector<float>> reduced(size);
-    std::vector<std::string> broadcast(size, std::string(5, ' '));
     const auto value = [](int rank, size_t i) { return static_cast<float>(std::sin(static_cast<double>(rank * 1000 + static_cast<int>(i)))); };
     const auto statuses = gang.Run([&](Transport& transport) -> absl::Status {
       const int rank = transport.rank();
@@ -357,9 +382,6 @@ TEST(Collectives, EveryRankGetsTheSameBitsInTheGroupsOrder) {
       for (size_t i = 0; i < reduced[rank].size(); ++i) reduced[rank][i] = value(rank, i);
       status = group.AllReduceSum(absl::MakeSpan(reduced[rank]));
       if (!status.ok()) return status;
-      if (rank == size - 1) broadcast[rank] = "hello";
-      status = group.Broadcast(broadcast[rank].data(), 5, size - 1);
-      if (!status.ok()) return status;
       status = group.Barrier();
       return status.ok() ? transport.Close() : status;
     });
@@ -371,7 +393,6 @@ TEST(Collectives, EveryRankGetsTheSameBitsInTheGroupsOrder) {
       EXPECT_TRUE(statuses[rank].ok()) << statuses[rank];
       EXPECT_EQ(gathered[rank], expected_gather);
       EXPECT_EQ(summed[rank], summed[0]);
-      EXPECT_EQ(broadcast[rank], "hello");
       for (size_t i = 0; i < reduced[rank].size(); ++i) {
         float sum = value(0, i);
         for (int r = 1; r < size; ++r) sum += value(r, i);
@@ -379,13 +400,6 @@ TEST(Collectives, EveryRankGetsTheSameBitsInTheGroupsOrder) {
       }
     }
   }
-}
-
-TEST(SplitHostPort, NamesAndAddresses) {
-  EXPECT_EQ(*SplitHostPort("10.0.0.1:80"), std::make_pair(std::string("10.0.0.1"), std::string("80")));
-  EXPECT_EQ(*SplitHostPort("[::1]:80"), std::make_pair(std::string("::1"), std::string("80")));
-  EXPECT_FALSE(SplitHostPort("10.0.0.1").ok());
-  EXPECT_FALSE(SplitHostPort("host:").ok());
 }
 
 }  // namespace

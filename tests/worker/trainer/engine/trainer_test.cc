@@ -15,10 +15,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/base/files.h"
-#include "common/data/token_file.h"
 #include "common/model/inventory.h"
 #include "common/pipeline/lowering.h"
 #include "common/pipeline/schedule.h"
+#include "tests/common/data/token_file_bytes.h"
 #include "worker/trainer/comm/collectives.h"
 #include "worker/trainer/engine/failure.h"
 
@@ -145,7 +145,7 @@ class TrainerTest : public testing::Test {
       rows.push_back(row);
     }
     const std::vector<uint8_t> supervised(ids.size(), 1);
-    ASSERT_TRUE(WriteFileAtomic(JoinPath(folder_, "train.safetensors"), data::SerializeTokenFile({ids, supervised, offsets, rows}, {})).ok());
+    ASSERT_TRUE(WriteFileAtomic(JoinPath(folder_, "train.safetensors"), data::TokenFileBytes({ids, supervised, offsets, rows}, {})).ok());
   }
 
   // `replicas` of the whole model, one step per two rows and replica.

@@ -101,16 +101,17 @@ Result Train(StageModel& stage, const std::vector<int>& microbatches) {
   return result;
 }
 
-TEST(Checkpointing, RecomputesTheSameBitsInLessMemory) {
+TEST(model::ActivationCheckpointing, RecomputesTheSameBitsInLessMemory) {
   for (const at::ScalarType compute : {at::kFloat, at::kBFloat16, at::kHalf}) {
-    std::map<Checkpointing, int64_t> kept;
+    std::map<model::ActivationCheckpointing, int64_t> kept;
     Result none;
-    for (const Checkpointing mode : {Checkpointing::kNone, Checkpointing::kSelective, Checkpointing::kFull}) {
+    for (const model::ActivationCheckpointing mode :
+         {model::ActivationCheckpointing::kNone, model::ActivationCheckpointing::kSelective, model::ActivationCheckpointing::kFull}) {
       StageOptions options = Whole(compute);
       options.checkpointing = mode;
       const auto stage = Make(options);
       const Result result = Train(*stage, {0, 1, 2});
-      if (mode == Checkpointing::kNone) none = result;
+      if (mode == model::ActivationCheckpointing::kNone) none = result;
       EXPECT_EQ(result.loss, none.loss);
       EXPECT_TRUE(at::equal(result.gradients, none.gradients)) << static_cast<int>(mode);
       double loss = 0;
@@ -118,13 +119,13 @@ TEST(Checkpointing, RecomputesTheSameBitsInLessMemory) {
       kept[mode] = stage->activation_bytes();
     }
     EXPECT_GT(none.gradients.abs().max().item<double>(), 0);
-    EXPECT_LT(kept[Checkpointing::kSelective], 0.75 * kept[Checkpointing::kNone]);
-    EXPECT_LT(kept[Checkpointing::kFull], 0.2 * kept[Checkpointing::kNone]);
+    EXPECT_LT(kept[model::ActivationCheckpointing::kSelective], 0.75 * kept[model::ActivationCheckpointing::kNone]);
+    EXPECT_LT(kept[model::ActivationCheckpointing::kFull], 0.2 * kept[model::ActivationCheckpointing::kNone]);
   }
 }
 
 TEST(EndSteps, LeavesNothingOfTheStepsAndTheSameLogits) {
-  for (const Checkpointing mode : {Checkpointing::kNone, Checkpointing::kFull}) {
+  for (const model::ActivationCheckpointing mode : {model::ActivationCheckpointing::kNone, model::ActivationCheckpointing::kFull}) {
     StageOptions options = Whole(at::kFloat);
     options.checkpointing = mode;
     options.least_tokens = 50;
@@ -155,9 +156,9 @@ model::StageMemory Predicted(const StageOptions& options, int64_t tokens, int64_
   memory.head_rows = options.head_chunk_rows;
   memory.dropout = options.lora.dropout > 0;
   memory.evaluates = evaluates;
-  memory.checkpointing = *model::ParseActivationCheckpointing(options.checkpointing == Checkpointing::kNone        ? "none"
-                                                              : options.checkpointing == Checkpointing::kSelective ? "selective"
-                                                                                                                   : "full");
+  memory.checkpointing = *model::ParseActivationCheckpointing(options.checkpointing == model::ActivationCheckpointing::kNone        ? "none"
+                                                              : options.checkpointing == model::ActivationCheckpointing::kSelective ? "selective"
+                                                                                                                                    : "full");
   memory.zero_stage = options.weights == WeightHome::kSharded ? 3 : 0;
   memory.replicas = options.num_replicas;
   return model::MemoryOfStage(Config(), {options.lora.r, options.lora.target_modules}, {options.num_layers, options.has_embedding, options.has_head}, memory);
@@ -170,7 +171,8 @@ TEST(Accounting, EqualsWhatAStageHolds) {
   };
   const std::vector<std::vector<std::string>> targets = {Whole(at::kFloat).lora.target_modules, {"q_proj", "v_proj"}, {"down_proj"}};
   for (const at::ScalarType compute : {at::kFloat, at::kBFloat16}) {
-    for (const Checkpointing mode : {Checkpointing::kNone, Checkpointing::kSelective, Checkpointing::kFull}) {
+    for (const model::ActivationCheckpointing mode :
+         {model::ActivationCheckpointing::kNone, model::ActivationCheckpointing::kSelective, model::ActivationCheckpointing::kFull}) {
       for (const Ends& ends : {Ends{0, 5, true, true}, Ends{0, 2, true, false}, Ends{2, 2, false, false}, Ends{4, 1, false, true}}) {
         for (const auto& modules : targets) {
           StageOptions options = Whole(compute);

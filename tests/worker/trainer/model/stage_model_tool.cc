@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/argmax.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/tensor.h>
 
 #include <chrono>
@@ -15,15 +16,18 @@
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <sstream>
 
 #include "common/base/files.h"
 #include "common/base/status.h"
 #include "common/model/config.h"
+#include "common/model/safetensors.h"
 #include "worker/trainer/checkpoint/adapter_file.h"
 #include "worker/trainer/checkpoint/merged_file.h"
 #include "worker/trainer/checkpoint/tensor_file.h"
 #include "worker/trainer/model/stage_model.h"
+#include "worker/trainer/torch/torch_status.h"
 
 namespace ppft::trainer {
 namespace {
@@ -74,6 +78,40 @@ std::vector<int64_t> AllRows(int64_t count) {
   std::vector<int64_t> rows(count);
   for (int64_t i = 0; i < count; ++i) rows[i] = i;
   return rows;
+}
+
+// model.safetensors, or the shards of model.safetensors.index.json.
+absl::StatusOr<TensorSource> SourceOfFolder(const std::string& folder) {
+  const std::string index = JoinPath(folder, "model.safetensors.index.json");
+  if (!PathExists(index)) return SourceOfFiles({JoinPath(folder, "model.safetensors")});
+  PPFT_ASSIGN_OR_RETURN(const std::string json, ReadFile(index));
+  PPFT_ASSIGN_OR_RETURN(const auto file_of_tensor, model::ParseSafetensorsIndex(json, index));
+  std::set<std::string> names;
+  for (const auto& [tensor, file] : file_of_tensor) names.insert(file);
+  std::vector<std::string> paths;
+  for (const std::string& name : names) paths.push_back(JoinPath(folder, name));
+  return SourceOfFiles(paths);
+}
+
+// Sets every master of the stage from `adapter`; tensors of other stages in it are ignored.
+absl::Status LoadAdapter(const TensorFile& adapter, StageModel& stage) {
+  return CatchTorch("adapter", [&]() -> absl::Status {
+    std::vector<at::Tensor> values;
+    for (const Parameter& parameter : stage.parameters()) {
+      PPFT_ASSIGN_OR_RETURN(const at::Tensor value, adapter.Read(parameter.name));
+      if (value.sizes() != parameter.master.sizes()) {
+        return absl::InvalidArgumentError(absl::StrCat("adapter tensor ", parameter.name, " has the shape ", model::ShapeText(value.sizes().vec()),
+                                                       ", but this job needs ", model::ShapeText(parameter.master.sizes().vec())));
+      }
+      if (!at::isfinite(value).all().item<bool>()) {
+        return absl::InvalidArgumentError(absl::StrCat("adapter tensor ", parameter.name, " holds numbers that are not finite"));
+      }
+      values.push_back(value);
+    }
+    for (size_t i = 0; i < values.size(); ++i) stage.parameters()[i].master.copy_(values[i]);
+    stage.AdapterChanged();
+    return absl::OkStatus();
+  });
 }
 
 absl::Status Run(const std::string& path) {
@@ -164,7 +202,7 @@ absl::Status Run(const std::string& path) {
   if (request.contains("merged")) {
     PPFT_ASSIGN_OR_RETURN(const at::ScalarType dtype, DtypeOfWord(request.value("merge_dtype", "F32")));
     for (size_t s = 0; s < chain.stages.size(); ++s) {
-      PPFT_RETURN_IF_ERROR(WriteMergedFile(request.at("merged")[s], {chain.stages[s].get()}, dtype).status());
+      PPFT_RETURN_IF_ERROR(WriteMergedFile(request.at("merged")[s], {chain.stages[s].get()}, dtype, [] {}).status());
     }
   }
   if (request.contains("adapter_out")) PPFT_RETURN_IF_ERROR(WriteAdapterFile(request.at("adapter_out"), chain.pointers()).status());
