@@ -1,3 +1,4 @@
+import os
 import pathlib
 import re
 import shutil
@@ -17,10 +18,10 @@ def test_clang_format_would_change_nothing():
     assert run.returncode == 0, run.stderr
 
 
-def test_buf_lint_is_clean():
+def test_buf_lint_is_clean(tmp_path):
     buf = ROOT / ".deps/npm/node_modules/.bin/buf"
     assert buf.exists() or shutil.which("buf"), "buf is missing: run deploy/setup --oracle"
-    run = subprocess.run([buf if buf.exists() else "buf", "lint"], cwd=ROOT / "proto", capture_output=True, text=True)
+    run = subprocess.run([buf if buf.exists() else "buf", "lint"], cwd=ROOT / "proto", env={**os.environ, "BUF_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

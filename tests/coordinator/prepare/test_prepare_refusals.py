@@ -100,6 +100,7 @@ def test_a_sparse_vocabulary_of_a_real_model(tmp_path):
     folder = tmp_path / 'model'
     shutil.copytree(asset('models', 'stories260K-hf'), folder)
     text = (folder / 'tokenizer.json').read_text()
+    (folder / 'tokenizer.json').chmod(0o600)  # the assets may be read-only
     (folder / 'tokenizer.json').write_text(text.replace('"vocab": {', '"vocab": {"zzz_extra": 70000, '))
     answer = Prepare(tmp_path / 'work', folder).run('--check-tokenizer', folder, '--vocab_size', 512)
     assert answer['code'] == 'TOKENIZER_MISMATCH' and '70000' in answer['message']
