@@ -18,7 +18,7 @@ def small_disk(tmp_path):
     data.mkdir(parents=True)
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m,mode=0700", "tmpfs", data], capture_output=True, text=True)
     if done.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted here (root may): {done.stderr.strip()}")
+        pytest.skip(f"a small file system cannot be mounted here (root may): {done.stderr.splitlines()[0]}")
     running = None
     try:
         running = Cluster(tmp_path / "cluster", 2, [])
