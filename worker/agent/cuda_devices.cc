@@ -17,6 +17,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
@@ -30,6 +31,8 @@ namespace {
 // A cold disk and a driver that initialises many devices.
 constexpr absl::Duration kProbeTimeout = absl::Minutes(3);
 constexpr size_t kMaxOutput = 1 << 20;
+// The plugin's kernels are compiled for these and later ones.
+constexpr double kLeastComputeCapability = 8.0;
 
 std::string EnvironmentValue(const char* name) {
   const char* value = getenv(name);
@@ -65,6 +68,15 @@ std::string TorchOfPython() {
   const absl::StatusOr<ProgramOutput> ran =
       RunProgram({"/usr/bin/env", "python3", "-c", "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"}, {}, kProbeTimeout);
   return ran.ok() && ran->status == 0 ? LastLine(ran->out) : "";
+}
+
+// Why the device of this entry of a probe cannot be used; "" if it can.
+std::string WhyLeftOut(const nlohmann::json& entry) {
+  const std::string capability = entry.value("compute_capability", "");
+  double number = 0;
+  if (absl::SimpleAtod(capability, &number) && number >= kLeastComputeCapability) return "";
+  return absl::StrCat("device ", entry.value("index", 0), " (", entry.value("name", ""), ") has compute capability ", capability, ": trainers need ",
+                      absl::StrFormat("%.1f", kLeastComputeCapability), " or later");
 }
 
 // Why this trainer does not start, in a sentence.
@@ -174,9 +186,17 @@ absl::StatusOr<CudaOffer> OfferCudaDevices(absl::string_view which, const std::s
       offer.environment = environments[i];
       offer.torch = probe.value("torch", "");
       offer.nccl = probe.value("nccl", "");
+      std::string left_out;
       for (const auto& entry : probe["devices"]) {
         const int index = entry.value("index", 0);
         if (which != "all" && wanted.erase(index) == 0) continue;
+        const std::string reason = WhyLeftOut(entry);
+        if (!reason.empty() && which != "all") return absl::FailedPreconditionError(absl::StrCat("--devices cuda:", which, ": ", reason));
+        if (!reason.empty()) {
+          LogWarning("left out: ", reason);
+          left_out = reason;
+          continue;
+        }
         v1::Device& device = offer.devices.emplace_back();
         device.set_id(absl::StrCat("cuda:", index));
         device.set_kind("cuda");
@@ -189,6 +209,7 @@ absl::StatusOr<CudaOffer> OfferCudaDevices(absl::string_view which, const std::s
         return absl::InvalidArgumentError(
             absl::StrCat("--devices cuda:", which, ": there is no device ", *wanted.begin(), ", only ", probe["devices"].size(), " of them"));
       }
+      if (offer.devices.empty()) return absl::FailedPreconditionError(absl::StrCat("--devices cuda:all: ", left_out));
       return offer;
     }
     error = probe.is_object() && probe.contains("error") ? probe.value("error", "") : absl::StrCat("the trainer cannot look for devices: ", WhyNot(ran));

@@ -57,6 +57,23 @@ TEST_F(CudaDevicesTest, AllOrSomeOfWhatTheTrainerSees) {
   EXPECT_EQ(one->devices[0].id(), "cuda:1");
 }
 
+TEST_F(CudaDevicesTest, AnOlderGpuIsLeftOut) {
+  const std::string old = R"({"index":0,"name":"Tesla T4","memory_bytes":1000,"compute_capability":"7.5"})";
+  const std::string newer = R"({"index":1,"name":"NVIDIA A100","memory_bytes":2000,"compute_capability":"8.0"})";
+  const std::string both = Trainer("echo '{\"devices\":[" + old + "," + newer + "]}'");
+  const auto all = OfferCudaDevices("all", both);
+  ASSERT_TRUE(all.ok()) << all.status();
+  ASSERT_EQ(all->devices.size(), 1u);
+  EXPECT_EQ(all->devices[0].id(), "cuda:1");
+  const auto named = OfferCudaDevices("0,1", both);
+  EXPECT_EQ(named.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(named.status().message()),
+              HasSubstr("--devices cuda:0,1: device 0 (Tesla T4) has compute capability 7.5: trainers need 8.0 or later"));
+  const auto none = OfferCudaDevices("all", Trainer("echo '{\"devices\":[" + old + "]}'"));
+  EXPECT_EQ(none.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(none.status().message()), HasSubstr("--devices cuda:all: device 0 (Tesla T4)"));
+}
+
 TEST_F(CudaDevicesTest, WhatCannotBeOfferedIsOneSentence) {
   const struct {
     const char* which;

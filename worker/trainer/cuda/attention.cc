@@ -41,7 +41,8 @@ QkvParts Aligned(const QkvParts& parts) { return {Aligned(parts.q), Aligned(part
 // [tokens, heads, head_dim].
 at::Tensor HeadView(const at::Tensor& rows, int64_t heads, int64_t head_dim) { return rows.unflatten(1, {heads, head_dim}); }
 
-// One document's rows of one group of query heads and its key-value head: [group * n, head_dim], the heads one after another, and [n, head_dim].
+// One document's rows of one group of query heads and its key-value head: [group * n, head_dim], the heads one after another, and [n, head_dim]; fp32, for
+// probabilities rounded to 16 bits would not add up to 1.
 struct Group {
   Group(const HeadLayout& heads, int64_t begin, int64_t n, int64_t kv_head) : heads(heads), begin(begin), n(n), kv_head(kv_head) {}
 
@@ -50,13 +51,14 @@ struct Group {
   at::Tensor QueryView(const at::Tensor& rows) const {
     return HeadView(rows.narrow(0, begin, n).narrow(1, kv_head * size() * heads.head_dim, size() * heads.head_dim), size(), heads.head_dim).transpose(0, 1);
   }
-  at::Tensor Query(const at::Tensor& rows) const { return QueryView(rows).contiguous().view({size() * n, heads.head_dim}); }
-  // Of k or v.
-  at::Tensor Shared(const at::Tensor& rows) const { return rows.narrow(0, begin, n).narrow(1, kv_head * heads.head_dim, heads.head_dim); }
+  at::Tensor Query(const at::Tensor& rows) const { return QueryView(rows).contiguous().view({size() * n, heads.head_dim}).to(at::kFloat); }
+  // Of k or v: columns of rows, a view.
+  at::Tensor SharedView(const at::Tensor& rows) const { return rows.narrow(0, begin, n).narrow(1, kv_head * heads.head_dim, heads.head_dim); }
+  at::Tensor Shared(const at::Tensor& rows) const { return SharedView(rows).to(at::kFloat); }
   at::Tensor Lse(const at::Tensor& lse) const { return lse.narrow(0, kv_head * size(), size()).narrow(1, begin, n); }  // [group, n]
   // [group, n, n], the future masked.
   at::Tensor Scores(const QkvParts& qkv) const {
-    const at::Tensor future = at::full({n, n}, -INFINITY, qkv.q.options()).triu_(1);
+    const at::Tensor future = at::full({n, n}, -INFINITY, qkv.q.options().dtype(at::kFloat)).triu_(1);
     return at::mm(Query(qkv.q), Shared(qkv.k).t()).mul_(1.0 / std::sqrt(static_cast<double>(heads.head_dim))).view({size(), n, n}).add_(future);
   }
 
@@ -91,8 +93,8 @@ void ProductsBackward(const at::Tensor& dout, const QkvParts& qkv, const HeadLay
     const at::Tensor dot = (d * g.Query(out)).sum(-1, /*keepdim=*/true);
     const at::Tensor ds = at::mm(d, g.Shared(qkv.v).t()).sub_(dot).mul_(p).mul_(scale);
     g.QueryView(dqkv.q).copy_(at::mm(ds, g.Shared(qkv.k)).view({g.size(), g.n, heads.head_dim}));
-    g.Shared(dqkv.k).copy_(at::mm(ds.t(), g.Query(qkv.q)));
-    g.Shared(dqkv.v).copy_(at::mm(p.t(), d));
+    g.SharedView(dqkv.k).copy_(at::mm(ds.t(), g.Query(qkv.q)));
+    g.SharedView(dqkv.v).copy_(at::mm(p.t(), d));
   });
 }
 

@@ -154,6 +154,7 @@ std::vector<absl::Status> RunTwo(const std::function<absl::Status(int rank, std:
 }
 
 const DeviceTransportOptions kPipeline = {{{Channel::kActivations, 0, 1}, {Channel::kGradients, 1, 0}}, {}, /*sends_held=*/3, absl::Seconds(120)};
+const DeviceTransportOptions kReplicas = {{}, {0, 1}, /*sends_held=*/3, absl::Seconds(120)};
 
 Buffer Of(std::vector<float>* values) { return {values->data(), static_cast<int64_t>(values->size() * sizeof(float)), nullptr}; }
 
@@ -245,29 +246,32 @@ TEST(DeviceTransportTest, APeerThatFailsEndsAStuckReceiveAndIsNamed) {
 }
 
 // Between two looks of the watching thread: what came from the device would still pass for a result.
-TEST(DeviceTransportTest, TheStatusAsksTheCommunicators) {
-  FakeComms comms;
-  std::atomic<bool> over{false};
-  const auto statuses = RunTwo([&](int rank, std::unique_ptr<Transport> host) -> absl::Status {
-    auto transport = DeviceTransport::Connect(std::move(host), &comms, kPipeline);
-    if (!transport.ok()) return transport.status();
-    if (rank == 1) {
-      while (!over) absl::SleepFor(absl::Milliseconds(1));
-      return absl::OkStatus();
-    }
-    absl::Status status = (*transport)->status();
-    if (!status.ok()) return absl::InternalError("failed before anything was wrong");
-    for (const auto& [id, wire] : comms.wires()) {
-      const std::lock_guard<std::mutex> lock(wire->mutex);
-      wire->error = "remote process exited";
-    }
-    status = (*transport)->status();
-    over = true;
-    return status;
-  });
-  EXPECT_EQ(statuses[0].code(), absl::StatusCode::kUnavailable) << statuses[0];
-  EXPECT_EQ(PeerOf(statuses[0]), 1);
-  EXPECT_THAT(std::string(statuses[0].message()), HasSubstr("remote process exited"));
+TEST(DeviceTransportTest, TheStatusAsksTheCommunicatorsOfNeighboursAndOfReplicas) {
+  for (const DeviceTransportOptions& options : {kPipeline, kReplicas}) {
+    SCOPED_TRACE(options.group.empty() ? "neighbours" : "replicas");
+    FakeComms comms;
+    std::atomic<bool> over{false};
+    const auto statuses = RunTwo([&](int rank, std::unique_ptr<Transport> host) -> absl::Status {
+      auto transport = DeviceTransport::Connect(std::move(host), &comms, options);
+      if (!transport.ok()) return transport.status();
+      if (rank == 1) {
+        while (!over) absl::SleepFor(absl::Milliseconds(1));
+        return absl::OkStatus();
+      }
+      absl::Status status = (*transport)->status();
+      if (!status.ok()) return absl::InternalError("failed before anything was wrong");
+      for (const auto& [id, wire] : comms.wires()) {
+        const std::lock_guard<std::mutex> lock(wire->mutex);
+        wire->error = "remote process exited";
+      }
+      status = (*transport)->status();
+      over = true;
+      return status;
+    });
+    EXPECT_EQ(statuses[0].code(), absl::StatusCode::kUnavailable) << statuses[0];
+    EXPECT_EQ(PeerOf(statuses[0]), 1);
+    EXPECT_THAT(std::string(statuses[0].message()), HasSubstr("remote process exited"));
+  }
 }
 
 TEST(DeviceTransportTest, ACommunicatorThatDoesNotComeAboutIsAnErrorWithItsPeer) {
