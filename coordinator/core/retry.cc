@@ -5,6 +5,7 @@
 #include <string>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "common/base/format.h"
 #include "coordinator/core/job_state.h"
@@ -20,10 +21,14 @@ constexpr int kExcludingFailures = 2;
 // A model that differs from its files again is no accident of memory or disk.
 constexpr int kExportMismatches = 2;
 
-std::string LastLine(absl::string_view text) {
+// The last line of a process that said something at its end; "" where that is a line of its log about ordinary work ("2026-11-23T13:31:04.918Z I trainer: …").
+std::string LastWords(absl::string_view text) {
+  constexpr size_t kSeverity = 24;  // behind the time
   text = absl::StripTrailingAsciiWhitespace(text);
   const size_t newline = text.rfind('\n');
-  return std::string(newline == absl::string_view::npos ? text : text.substr(newline + 1));
+  const absl::string_view line = newline == absl::string_view::npos ? text : text.substr(newline + 1);
+  const bool ordinary = line.size() > kSeverity && line[kSeverity - 1] == 'Z' && absl::StartsWith(line.substr(kSeverity), " I ");
+  return ordinary ? "" : std::string(line);
 }
 
 }  // namespace
@@ -48,7 +53,7 @@ Failure FailureOf(const v1::Exited& report, int32_t rank, const std::string& wor
   const std::string who = absl::StrCat("the trainer of rank ", rank, " on ", worker);
   std::string how = report.signal() != 0 ? absl::StrCat(" was ended by signal ", report.signal(), " (", strsignal(report.signal()), ")")
                                          : absl::StrCat(" exited with status ", report.status(), " without a reason");
-  if (const std::string last = LastLine(report.detail()); !last.empty()) absl::StrAppend(&how, ": ", last);
+  if (const std::string last = LastWords(report.detail()); !last.empty()) absl::StrAppend(&how, ": ", last);
   Failure failure{MakeReason("WORKER_CRASHED", absl::StrCat(who, how)), status_step, true};
   failure.rank = rank;
   failure.worker = worker;

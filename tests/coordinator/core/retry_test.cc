@@ -198,6 +198,10 @@ TEST(Retry, AnExitNamesRankWorkerSignalAndLastLine) {
   const std::string message = FailureOf(exited, 3, "worker-7", 0).reason.message();
   for (const char* word : {"rank 3", "worker-7", "signal 9", "out of memory"}) EXPECT_NE(message.find(word), std::string::npos) << message;
   EXPECT_EQ(message.find("first line"), std::string::npos);
+  exited.set_detail("terminate called\n2026-11-23T13:31:04.918Z I trainer: checkpoint of step 20 written\n");
+  EXPECT_EQ(FailureOf(exited, 3, "worker-7", 0).reason.message(), "the trainer of rank 3 on worker-7 was ended by signal 9 (Killed)") << "no cause";
+  exited.set_detail("2026-11-23T13:31:04.918Z E trainer: no memory\n");
+  EXPECT_NE(FailureOf(exited, 3, "worker-7", 0).reason.message().find("no memory"), std::string::npos);
 }
 
 TEST(Retry, ABrokenLinkAndAnUnexplainedExitWaitForTheirCause) {
