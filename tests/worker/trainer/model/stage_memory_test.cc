@@ -101,7 +101,7 @@ Result Train(StageModel& stage, const std::vector<int>& microbatches) {
   return result;
 }
 
-TEST(model::ActivationCheckpointing, RecomputesTheSameBitsInLessMemory) {
+TEST(Checkpointing, RecomputesTheSameBitsInLessMemory) {
   for (const at::ScalarType compute : {at::kFloat, at::kBFloat16, at::kHalf}) {
     std::map<model::ActivationCheckpointing, int64_t> kept;
     Result none;
@@ -156,9 +156,7 @@ model::StageMemory Predicted(const StageOptions& options, int64_t tokens, int64_
   memory.head_rows = options.head_chunk_rows;
   memory.dropout = options.lora.dropout > 0;
   memory.evaluates = evaluates;
-  memory.checkpointing = *model::ParseActivationCheckpointing(options.checkpointing == model::ActivationCheckpointing::kNone        ? "none"
-                                                              : options.checkpointing == model::ActivationCheckpointing::kSelective ? "selective"
-                                                                                                                                    : "full");
+  memory.checkpointing = options.checkpointing;
   memory.zero_stage = options.weights == WeightHome::kSharded ? 3 : 0;
   memory.replicas = options.num_replicas;
   return model::MemoryOfStage(Config(), {options.lora.r, options.lora.target_modules}, {options.num_layers, options.has_embedding, options.has_head}, memory);
