@@ -8,9 +8,13 @@
 #include "common/base/files.h"
 #include "common/base/logging.h"
 #include "common/base/status.h"
+#include "coordinator/artifacts/artifact_service.h"
 #include "coordinator/artifacts/assembly.h"
+#include "coordinator/artifacts/blob_service.h"
+#include "coordinator/artifacts/dataset_service.h"
 #include "coordinator/artifacts/file_check.h"
-#include "coordinator/artifacts/services.h"
+#include "coordinator/artifacts/model_service.h"
+#include "coordinator/artifacts/worker_files_impl.h"
 
 namespace ppft::coordinator {
 namespace {

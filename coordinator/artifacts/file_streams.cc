@@ -7,6 +7,7 @@
 #include <cerrno>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "common/base/status.h"
 
 namespace ppft::coordinator {
@@ -38,6 +39,22 @@ absl::Status SendRange(const FileRange& range, int64_t offset, grpc::ServerConte
     at += got;
   }
   return absl::OkStatus();
+}
+
+absl::Status Receive(BlobStore::Upload& upload, const std::function<absl::StatusOr<const std::string*>()>& next) {
+  while (!upload.complete()) {
+    PPFT_ASSIGN_OR_RETURN(const std::string* data, next());
+    if (data == nullptr) break;
+    if (static_cast<int64_t>(data->size()) > kMaxChunkBytes)
+      return absl::InvalidArgumentError(absl::StrCat("a chunk may have at most ", kMaxChunkBytes, " bytes"));
+    PPFT_RETURN_IF_ERROR(upload.Append(*data));
+  }
+  return upload.Commit();
+}
+
+absl::Status PutUploadedRow(JobStore& store, const BlobStore& blobs, const v1::FileRef& file) {
+  if (!blobs.Touch(file.sha256())) return absl::AbortedError("the file has gone since it was found here: send it again");
+  return store.PutBlob({file.sha256(), file.size_bytes(), absl::Now()});
 }
 
 }  // namespace ppft::coordinator
