@@ -45,8 +45,8 @@ std::string KindFor(const v1::JobRecord& record, const std::vector<OfferedDevice
 struct QueueDecision {
   std::string job_id;
   std::optional<v1::Plan> plan;  // start with it; unset: wait
-  v1::Reason reason;              // why it waits; why this plan
-  int position = 0;               // among those that wait, from 1
+  v1::Reason reason;             // why it waits; why this plan
+  int position = 0;              // among those that wait, from 1
 };
 
 // Goes through the queued jobs by (priority descending, submit_order). A job starts if it can be laid on the devices that are free. If it
