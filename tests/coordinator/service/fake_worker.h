@@ -29,6 +29,7 @@ inline v1::RankKey Key(const std::string& job, int64_t epoch, int rank) {
 class FakeWorker {
  public:
   static constexpr char kWorkerVersion[] = "1.0.0";
+  static constexpr std::chrono::seconds kPatience{120};  // for hangs, not for speed
 
   FakeWorker(const std::string& server, std::string name, std::string incarnation, int devices = 1, std::string problem = "", std::string kind = "cpu")
       : name_(std::move(name)), incarnation_(std::move(incarnation)), devices_(devices), problem_(std::move(problem)), kind_(std::move(kind)) {
@@ -85,7 +86,7 @@ class FakeWorker {
   // Waits for the answer to hello: false if the stream ended instead.
   bool WaitForWelcome() {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait_for(lock, std::chrono::seconds(30), [&] { return welcomed_ || read_over_; });
+    changed_.wait_for(lock, kPatience, [&] { return welcomed_ || read_over_; });
     return welcomed_;
   }
   // Waits until the coordinator ends the stream, and says how.
@@ -111,7 +112,7 @@ class FakeWorker {
   // Waits until the worker holds this rank at this epoch.
   v1::RankDirective WaitForRank(int rank, int64_t epoch, bool with_peers = false) {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait_for(lock, std::chrono::seconds(30), [&] {
+    changed_.wait_for(lock, kPatience, [&] {
       const auto it = running_.find(rank);
       return it != running_.end() && it->second.rank().epoch() == epoch && (!with_peers || it->second.peers_size() > 0);
     });
@@ -124,21 +125,21 @@ class FakeWorker {
       const auto it = running_.find(rank);
       return it == running_.end() ? v1::TraceOrder() : it->second.trace();
     };
-    changed_.wait_for(lock, std::chrono::seconds(30), [&] { return (order().id() != 0) == wanted; });
+    changed_.wait_for(lock, kPatience, [&] { return (order().id() != 0) == wanted; });
     return order();
   }
   bool WaitForNothing() {
     std::unique_lock<std::mutex> lock(mutex_);
-    return changed_.wait_for(lock, std::chrono::seconds(30), [&] { return running_.empty(); });
+    return changed_.wait_for(lock, kPatience, [&] { return running_.empty(); });
   }
   int64_t WaitForAck(int64_t seq) {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait_for(lock, std::chrono::seconds(30), [&] { return acked_ >= seq; });
+    changed_.wait_for(lock, kPatience, [&] { return acked_ >= seq; });
     return acked_;
   }
   int64_t welcome_acked() {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait_for(lock, std::chrono::seconds(30), [&] { return welcomed_; });
+    changed_.wait_for(lock, kPatience, [&] { return welcomed_; });
     return welcome_acked_;
   }
 

@@ -131,8 +131,8 @@ inline PlanAttempt PlanAsAsked(const v1::JobRecord& record, const v1::ModelRecor
 class ServiceTest : public testing::Test {
  protected:
   ServiceTest() {
-    char path[] = "/tmp/ppft-service-XXXXXX";
-    dir_ = mkdtemp(path);
+    dir_ = testing::TempDir() + "ppft-service-XXXXXX";
+    EXPECT_NE(mkdtemp(dir_.data()), nullptr) << dir_;
     options_.heartbeat_interval = absl::Milliseconds(200);
     options_.work_retry_delay = absl::Milliseconds(50);
   }
@@ -229,7 +229,7 @@ class ServiceTest : public testing::Test {
   // Watches until the predicate holds; the job as it then was, or as it was last seen.
   v1::Job WaitUntil(const std::string& id, const std::function<bool(const v1::Job&)>& predicate) {
     grpc::ClientContext context;
-    net::SetDeadline(&context, absl::Seconds(30));
+    net::SetDeadline(&context, absl::Seconds(120));
     v1::WatchJobRequest request;
     request.set_id(id);
     auto stream = jobs_->WatchJob(&context, request);

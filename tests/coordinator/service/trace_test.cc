@@ -22,6 +22,7 @@ class TraceServiceTest : public ServiceTest {
     Up();
     Register();
     for (int i = 0; i < 2; ++i) workers_.push_back(std::make_unique<FakeWorker>(address_, absl::StrCat("worker-", i), "first"));
+    for (const auto& worker : workers_) ASSERT_TRUE(worker->WaitForWelcome());
   }
   ~TraceServiceTest() override {
     workers_.clear();
@@ -100,7 +101,7 @@ TEST_F(TraceServiceTest, RanksAreToldAndAnswerTogether) {
 
 TEST_F(TraceServiceTest, ACallerWhoGoesAwayEndsIt) {
   const std::string id = RunningJob();
-  auto asked = Ask(id, 2, absl::Milliseconds(500));
+  auto asked = Ask(id, 2, absl::Seconds(2));
   workers_[0]->WaitForTrace(0);
   EXPECT_EQ(asked.get().status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_EQ(workers_[0]->WaitForTrace(0, false).id(), 0);
