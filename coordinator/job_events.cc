@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/logging.h"
 #include "common/base/status.h"
+#include "common/spec/suggest.h"
 #include "coordinator/core/job_state.h"
 #include "coordinator/job_controller.h"
 
@@ -13,6 +14,7 @@ namespace ppft::coordinator {
 namespace {
 
 constexpr size_t kMaxLogText = 8192;
+constexpr size_t kMostNames = 2000;                         // that are compared with one that is not known
 constexpr absl::Duration kSeriesLinger = absl::Minutes(5);  // a job's metrics after its end
 
 std::string NewJobId() {
@@ -41,8 +43,14 @@ absl::StatusOr<const v1::Job*> JobController::FindJob(const std::string& id_or_n
     }
     found = &job.record.job();
   }
-  if (found == nullptr) return absl::NotFoundError(absl::StrCat("no job \"", id_or_name, "\": see `ppctl list`"));
-  return found;
+  if (found != nullptr) return found;
+  std::vector<std::string> names;
+  for (const v1::JobRecord* record : NewestJobs()) {
+    if (names.size() >= kMostNames) break;
+    names.push_back(record->job().id());
+    names.push_back(record->job().name());
+  }
+  return absl::NotFoundError(spec::NotThere("job", id_or_name, names, "ppctl list"));
 }
 
 std::vector<const v1::JobRecord*> JobController::NewestJobs() const {

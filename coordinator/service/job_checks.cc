@@ -35,7 +35,7 @@ void CheckModelName(const std::string& name, const SpecFacts& facts, std::vector
     return Add(violations, "model.base_model",
                absl::StrCat("\"", name, "\" is a path: name a registered model (register a folder under a model root with `ppctl models register`)"));
   }
-  const std::string nearest = spec::Nearest(name, facts.model_names);
+  const std::string nearest = spec::NearestName(name, facts.model_names);
   const std::string hint = !nearest.empty()            ? absl::StrCat("did you mean \"", nearest, "\"?")
                            : facts.model_names.empty() ? "no model is registered yet: use `ppctl models register`"
                                                        : absl::StrCat("registered are: ", absl::StrJoin(facts.model_names, ", "));
@@ -63,9 +63,7 @@ void CheckDatasets(const v1::JobSpec& spec, const SpecFacts& facts, bool uploade
         if (uploaded) Add(violations, field, absl::StrCat("\"", path, "\" is not a dataset id (\"ds-…\"): upload the file first, as `ppctl submit` does"));
         continue;
       }
-      for (const std::string& missing : facts.missing_datasets) {
-        if (missing == path) Add(violations, field, absl::StrCat("no dataset \"", path, "\": see `ppctl data list`"));
-      }
+      if (const auto missing = facts.missing_datasets.find(path); missing != facts.missing_datasets.end()) Add(violations, field, missing->second);
     }
   };
   check(spec.data().datasets(), "datasets");
@@ -98,7 +96,7 @@ absl::StatusOr<SpecFacts> GatherFacts(JobStore& store, const v1::JobSpec& spec) 
     for (const v1::DatasetSpec& dataset : *datasets) {
       if (!IsDatasetId(dataset.path())) continue;
       const absl::Status found = store.GetDataset(dataset.path()).status();
-      if (absl::IsNotFound(found)) facts.missing_datasets.push_back(dataset.path());
+      if (absl::IsNotFound(found)) facts.missing_datasets[dataset.path()] = std::string(found.message());
       if (!found.ok() && !absl::IsNotFound(found)) return found;
     }
   }

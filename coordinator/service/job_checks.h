@@ -1,6 +1,7 @@
 // What a spec must fulfil beyond spec::Check: the model, the datasets and the adapter that it names are there and belong together.
 #pragma once
 
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -17,8 +18,8 @@ namespace ppft::coordinator {
 // What the store knows of the things that a spec names.
 struct SpecFacts {
   std::optional<v1::ModelRecord> model;
-  std::vector<std::string> model_names;       // all, if `model` is unset
-  std::vector<std::string> missing_datasets;  // ids of the spec that no dataset has
+  std::vector<std::string> model_names;                 // all, if `model` is unset
+  std::map<std::string, std::string> missing_datasets;  // ids of the spec that no dataset has -> what to say of each
   std::optional<v1::ArtifactManifest> init_adapter;
 };
 absl::StatusOr<SpecFacts> GatherFacts(JobStore& store, const v1::JobSpec& spec);

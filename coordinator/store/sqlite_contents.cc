@@ -1,6 +1,7 @@
 // Contents on disk and what names them: checkpoints, waiting reports, blobs, datasets, models, artifacts.
 #include "absl/strings/str_cat.h"
 #include "common/base/status.h"
+#include "common/spec/suggest.h"
 #include "coordinator/store/sqlite_tables.h"
 
 namespace ppft::coordinator {
@@ -113,10 +114,22 @@ absl::Status SqliteJobStore::PutDataset(const v1::Dataset& dataset) {
   return AddRef(absl::StrCat("dataset/", dataset.id()), dataset.sha256());
 }
 
+absl::Status SqliteJobStore::NotFound(absl::string_view kind, const std::string& word, const char* names_sql, absl::string_view command) {
+  Query query = db_->Prepare(names_sql);
+  std::vector<std::string> names;
+  while (true) {
+    PPFT_ASSIGN_OR_RETURN(const bool row, query.Step());
+    if (!row) break;
+    names.push_back(query.Text(0));
+    names.push_back(query.Text(1));
+  }
+  return absl::NotFoundError(spec::NotThere(kind, word, names, command));
+}
+
 absl::StatusOr<v1::Dataset> SqliteJobStore::GetDataset(const std::string& id) {
   Query query = db_->Prepare("SELECT dataset FROM datasets WHERE id = ?");
   PPFT_ASSIGN_OR_RETURN(const bool row, query.Bind(id).Step());
-  if (!row) return absl::NotFoundError(absl::StrCat("no dataset \"", id, "\": see `ppctl data list`"));
+  if (!row) return NotFound("dataset", id, "SELECT id, name FROM datasets ORDER BY rowid DESC LIMIT 1000", "ppctl data list");
   return Parse<v1::Dataset>(query.Text(0), "datasets");
 }
 
@@ -147,7 +160,7 @@ absl::Status SqliteJobStore::InsertModel(const v1::ModelRecord& model) {
 absl::StatusOr<v1::ModelRecord> SqliteJobStore::GetModel(const std::string& name) {
   Query query = db_->Prepare("SELECT record FROM models WHERE name = ?");
   PPFT_ASSIGN_OR_RETURN(const bool row, query.Bind(name).Step());
-  if (!row) return absl::NotFoundError(absl::StrCat("no model \"", name, "\": see `ppctl models list`"));
+  if (!row) return NotFound("model", name, "SELECT name, name FROM models LIMIT 1000", "ppctl models list");
   return Parse<v1::ModelRecord>(query.Text(0), "models");
 }
 

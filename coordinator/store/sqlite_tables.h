@@ -114,6 +114,8 @@ class SqliteJobStore : public JobStore {
     for (const v1::FileRef& file : files) PPFT_RETURN_IF_ERROR(AddRef(owner, file.sha256()));
     return absl::OkStatus();
   }
+  // With the name that was perhaps meant: `names_sql`, a constant, gives two names a row.
+  absl::Status NotFound(absl::string_view kind, const std::string& word, const char* names_sql, absl::string_view command);
   absl::Status SetPreparedRefs(const v1::JobRecord& record);
 
   const std::unique_ptr<Database> db_;

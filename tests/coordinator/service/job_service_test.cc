@@ -97,6 +97,33 @@ TEST_F(JobServiceTest, ValidationNamesFieldAndRemedy) {
   }
 }
 
+TEST_F(JobServiceTest, ANameThatIsNotThereIsAnsweredWithTheOneThatWasMeant) {
+  v1::Dataset dataset;
+  dataset.set_id("ds-0123456789abcdef");
+  dataset.set_name("articles.jsonl");
+  const absl::Status put = controller_->Run([&](JobStore& store) { return store.PutDataset(dataset); });
+  ASSERT_TRUE(put.ok()) << put;
+  v1::JobSpec spec = Spec(2);
+  spec.mutable_data()->mutable_datasets(0)->set_path("ds-0123456789abcdfe");
+  EXPECT_THAT(Fields(spec), ElementsAre(HasSubstr("data.datasets[0].path: no dataset \"ds-0123456789abcdfe\"; did you mean \"ds-0123456789abcdef\"?")));
+  const auto missing = controller_->Run([](JobStore& store) { return store.GetDataset("artikles.jsonl").status(); });
+  EXPECT_THAT(std::string(missing.message()), HasSubstr("did you mean \"articles.jsonl\"? See `ppctl data list`"));
+  const auto model = controller_->Run([](JobStore& store) { return store.GetModel("tinny").status(); });
+  EXPECT_THAT(std::string(model.message()), HasSubstr("did you mean \"tiny\"? See `ppctl models list`"));
+  spec = Spec(2);
+  spec.set_name("summaries");
+  const std::string id = Submit(spec);
+  grpc::ClientContext context, second, third;
+  v1::GetJobRequest request;
+  v1::Job job;
+  request.set_id("sumaries");
+  EXPECT_THAT(jobs_->GetJob(&context, request, &job).error_message(), HasSubstr("no job \"sumaries\"; did you mean \"summaries\"? See `ppctl list`"));
+  request.set_id(id.substr(0, 9));
+  EXPECT_THAT(jobs_->GetJob(&second, request, &job).error_message(), HasSubstr(absl::StrCat("did you mean \"", id, "\"?")));
+  request.set_id("nothing like it");
+  EXPECT_EQ(jobs_->GetJob(&third, request, &job).error_message(), "no job \"nothing like it\": see `ppctl list`");
+}
+
 TEST_F(JobServiceTest, AModelWhoseFilesChangedIsRefused) {
   model_files_ = absl::FailedPreconditionError("/models/tiny/model.safetensors: the file is gone");
   EXPECT_THAT(Fields(Spec(1)), ElementsAre("model.base_model: /models/tiny/model.safetensors: the file is gone"));
