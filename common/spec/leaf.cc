@@ -48,15 +48,7 @@ bool LooksDecimal(absl::string_view text) {
   return i == text.size();
 }
 
-struct Leaf {
-  const Rule& rule;
-  const Node& node;
-  const Mark& key;
-  Message* const message;
-  const FieldDescriptor* const field;
-  const std::string& path;
-  Notes* const notes;
-
+struct LeafReader : Leaf {
   void WrongType() {
     const bool unquote = node.kind == Node::Kind::kScalar && node.quoted && (LooksDecimal(node.text) || node.text == "true" || node.text == "false");
     notes->Add(key, path, absl::StrCat("is ", Shown(node), ", but must be ", Describe(rule), unquote ? " (remove the quotes)" : ""));
@@ -216,9 +208,7 @@ struct Leaf {
 
 }  // namespace
 
-void ReadLeaf(const Rule& rule, const Node& node, const Mark& key, Message* message, const FieldDescriptor* field, const std::string& path, Notes* notes) {
-  Leaf{rule, node, key, message, field, path, notes}.Read();
-}
+void ReadLeaf(const Leaf& leaf) { LeafReader{leaf}.Read(); }
 
 std::string Shown(const Node& node) {
   if (node.kind != Node::Kind::kScalar) return absl::StrCat("a ", KindName(node));

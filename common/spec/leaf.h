@@ -11,9 +11,18 @@
 
 namespace ppft::spec {
 
-// `key`: where its key stands. `path`: "training.max_steps".
-void ReadLeaf(const Rule& rule, const Node& node, const Mark& key, google::protobuf::Message* message, const google::protobuf::FieldDescriptor* field,
-              const std::string& path, Notes* notes);
+// What is read, and where it goes. All of it outlives the call.
+struct Leaf {
+  const Rule& rule;
+  const Node& node;
+  const Mark& key;          // where its key stands
+  const std::string& path;  // "training.max_steps"
+  google::protobuf::Message* message = nullptr;
+  const google::protobuf::FieldDescriptor* field = nullptr;  // of `message`
+  Notes* notes = nullptr;
+};
+
+void ReadLeaf(const Leaf& leaf);
 
 // The value in quotes, cut if it is long, or what it is instead of one.
 std::string Shown(const Node& node);

@@ -43,7 +43,8 @@ class Reader {
       const Rule* rule = FindRule(PatternOf(path));
       if (rule == nullptr || !*rule->fallback) continue;
       std::vector<TreeError> none;
-      ReadLeaf(*rule, ReadTree(rule->fallback, 0, &none), Mark{}, message, field, path, notes_);
+      const Node fallback = ReadTree(rule->fallback, 0, &none);
+      ReadLeaf({.rule = *rule, .node = fallback, .key = Mark{}, .path = path, .message = message, .field = field, .notes = notes_});
     }
   }
 
@@ -74,7 +75,7 @@ class Reader {
     if (rule != nullptr) {
       if (rule->auto_is_default && IsWord(entry.value, "auto")) return;
       notes_->Given(path);
-      return ReadLeaf(*rule, entry.value, entry.mark, message, field, path, notes_);
+      return ReadLeaf({.rule = *rule, .node = entry.value, .key = entry.mark, .path = path, .message = message, .field = field, .notes = notes_});
     }
     notes_->Given(path);
     if (field->is_repeated()) return Groups(entry, message, field, path);

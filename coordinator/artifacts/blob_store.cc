@@ -91,10 +91,10 @@ bool BlobStore::IsOlderThan(const std::string& sha256, absl::Time time) const {
 
 bool BlobStore::Touch(const std::string& sha256) const { return IsSha256Hex(sha256) && utimensat(AT_FDCWD, PathOf(sha256).c_str(), nullptr, 0) == 0; }
 
-absl::optional<int64_t> BlobStore::Find(const std::string& sha256) const {
-  if (!IsSha256Hex(sha256)) return absl::nullopt;
+std::optional<int64_t> BlobStore::Find(const std::string& sha256) const {
+  if (!IsSha256Hex(sha256)) return std::nullopt;
   struct stat info;
-  if (stat(PathOf(sha256).c_str(), &info) != 0 || !S_ISREG(info.st_mode)) return absl::nullopt;
+  if (stat(PathOf(sha256).c_str(), &info) != 0 || !S_ISREG(info.st_mode)) return std::nullopt;
   return static_cast<int64_t>(info.st_size);
 }
 
@@ -147,7 +147,7 @@ absl::StatusOr<std::unique_ptr<BlobStore::Upload>> BlobStore::StartUpload(const 
     return absl::InvalidArgumentError("bad name of an upload");
   }
   std::unique_ptr<Upload> upload(new Upload(this, key, sha256, size_bytes));
-  if (const absl::optional<int64_t> there = Find(sha256)) {
+  if (const std::optional<int64_t> there = Find(sha256)) {
     if (*there != size_bytes) return absl::InvalidArgumentError(absl::StrCat("the content ", sha256, " has ", *there, " bytes, not ", size_bytes));
     Touch(sha256);
     upload->complete_ = true;

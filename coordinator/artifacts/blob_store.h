@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -17,7 +18,6 @@
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "absl/types/optional.h"
 #include "common/base/files.h"
 #include "common/base/sha256.h"
 #include "ppft/v1/file.pb.h"
@@ -36,7 +36,7 @@ class BlobStore {
   static absl::StatusOr<std::unique_ptr<BlobStore>> Open(const std::string& data_dir, int64_t reserve_bytes = kReserveBytes);
 
   // Size of a complete blob.
-  absl::optional<int64_t> Find(const std::string& sha256) const;
+  std::optional<int64_t> Find(const std::string& sha256) const;
   std::string PathOf(const std::string& sha256) const;
   // NOT_FOUND if there is no such blob; UNAVAILABLE if the folders of all blobs are not there, as when a disk is not mounted.
   absl::StatusOr<Fd> OpenBlob(const std::string& sha256) const;

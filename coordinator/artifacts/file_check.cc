@@ -35,7 +35,7 @@ absl::StatusOr<std::string> HashRange(const Fd& fd, int64_t offset, int64_t size
 }
 
 absl::Status FileCheckup::CheckBlob(const std::string& name, const std::string& sha256, int64_t size_bytes) {
-  const absl::optional<int64_t> size = blobs_.Find(sha256);
+  const std::optional<int64_t> size = blobs_.Find(sha256);
   if (!size.has_value()) return absl::DataLossError(absl::StrCat(name, ": its content is missing from the coordinator's data folder"));
   if (*size != size_bytes) return absl::DataLossError(absl::StrCat(name, ": its content has ", *size, " bytes instead of ", size_bytes));
   if (!contents_) return absl::OkStatus();

@@ -167,7 +167,7 @@ absl::StatusOr<v1::PreparedData> PrepareRunner::Cached(const std::string& key) {
   // A file of an older version or a deleted blob is a miss.
   if (!out.ParseFromString(bytes)) return absl::NotFoundError("not readable");
   for (const v1::FileRef* file : {&out.train_tokens(), &out.eval_tokens()}) {
-    if (!file->sha256().empty() && (!blobs_->Touch(file->sha256()) || blobs_->Find(file->sha256()) != absl::optional<int64_t>(file->size_bytes())))
+    if (!file->sha256().empty() && (!blobs_->Touch(file->sha256()) || blobs_->Find(file->sha256()) != std::optional<int64_t>(file->size_bytes())))
       return absl::NotFoundError("its token file is gone");
   }
   if (out.train_tokens().sha256().empty()) return absl::NotFoundError("empty");

@@ -51,7 +51,7 @@ TEST_F(BlobStoreTest, CompleteBlobIsReadOnlyAndStaysAfterReopening) {
   ASSERT_TRUE(Put(bytes).ok());
   ASSERT_TRUE(Put(bytes).ok());  // again: nothing to do
   Reopen();
-  EXPECT_EQ(store_->Find(sha), absl::optional<int64_t>(10));
+  EXPECT_EQ(store_->Find(sha), std::optional<int64_t>(10));
   EXPECT_EQ(*store_->Read(sha, 100), bytes);
   struct stat info;
   ASSERT_EQ(stat(store_->PathOf(sha).c_str(), &info), 0);
