@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/base/format.h"
 #include "common/base/status.h"
 #include "common/net/status.h"
 #include "coordinator/core/checkpoints.h"
@@ -86,8 +87,8 @@ void JobController::OnPrepared(const std::string& id, int64_t work_id, const abs
   if (!total.ok()) return Move(*job, v1::JOB_STATE_FAILED, MakeReason("SPEC_INVALID", total.status().message(), "correct the job file and submit again"));
   *job->record.mutable_prepared() = *result;
   job->record.mutable_job()->mutable_status()->set_total_steps(*total);
-  const std::string text = absl::StrCat(train.rows(), " rows, ", train.tokens(), " tokens, ", train.supervised_tokens(), " supervised",
-                                        result->has_eval_tokens() ? absl::StrCat("; ", result->eval().rows(), " evaluation rows") : "");
+  const std::string text = absl::StrCat(Counted(train.rows(), "row"), ", ", Counted(train.tokens(), "token"), ", ", train.supervised_tokens(), " supervised",
+                                        result->has_eval_tokens() ? absl::StrCat("; ", Counted(result->eval().rows(), "evaluation row")) : "");
   AddLog(*job, "prepare", "INFO", text);
   Move(*job, v1::JOB_STATE_QUEUED, MakeReason("PREPARED", text));
 }

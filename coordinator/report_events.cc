@@ -23,6 +23,8 @@ const v1::RankPlan* FindRank(const v1::Plan& plan, int32_t rank) {
   return nullptr;
 }
 
+std::string StepsDone(int64_t steps) { return absl::StrCat(Counted(steps, "step"), steps == 1 ? " is done" : " are done"); }
+
 }  // namespace
 
 void JobController::OnReport(WorkerEntry& worker, const v1::RankReport& report) {
@@ -308,7 +310,7 @@ void JobController::OnFinished(JobEntry& job, const v1::RankReport& report) {
   const bool early = finished.reason() == "early_stopping";
   Move(job, v1::JOB_STATE_EXPORTING,
        MakeReason(early ? "EARLY_STOPPING" : "TRAINED",
-                  absl::StrCat(early ? "stopped early: the evaluation loss did not improve; " : "", finished.state().step(), " steps are done")));
+                  absl::StrCat(early ? "stopped early: the evaluation loss did not improve; " : "", StepsDone(finished.state().step()))));
 }
 
 void JobController::OnExported(JobEntry& job, const v1::RankReport& report) {
@@ -319,7 +321,7 @@ void JobController::OnExported(JobEntry& job, const v1::RankReport& report) {
   job.failures.Clear();
   if (job.record.job().status().state() == v1::JOB_STATE_STARTING) Move(job, v1::JOB_STATE_RUNNING, MakeReason("READY", "no step was left to do"));
   if (job.record.job().status().state() == v1::JOB_STATE_RUNNING) {
-    Move(job, v1::JOB_STATE_EXPORTING, MakeReason("TRAINED", absl::StrCat(job.record.job().status().step(), " steps are done")));
+    Move(job, v1::JOB_STATE_EXPORTING, MakeReason("TRAINED", StepsDone(job.record.job().status().step())));
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "common/base/format.h"
 #include "common/base/logging.h"
 #include "common/net/status.h"
 #include "coordinator/core/checkpoints.h"
@@ -113,7 +114,7 @@ absl::Status JobController::OnHello(const std::shared_ptr<WorkerLink>& link, con
   for (const v1::RankKey& key : hello.running()) worker.running.insert({key.job_id(), key.epoch(), key.rank()});
   NoteGpus(worker);
   queue_changed_ = true;
-  LogInfo("worker ", hello.name(), known ? " is back" : " connected", " with ", hello.devices_size(), " devices at ", hello.address());
+  LogInfo("worker ", hello.name(), known ? " is back" : " connected", " with ", Counted(hello.devices_size(), "device"), " at ", hello.address());
   v1::CoordinatorMessage message;
   *message.mutable_welcome()->mutable_heartbeat_interval() = ToProto(options_.heartbeat_interval);
   *message.mutable_welcome()->mutable_lease() = ToProto(options_.lease);

@@ -230,7 +230,7 @@ absl::Status CheckFiles(Context& context, bool contents, Findings* findings) {
   PPFT_RETURN_IF_ERROR(context.Call(context.cluster(), &v1::ClusterService::StubInterface::CheckFiles, request, &response));
   for (const v1::FileProblem& problem : response.problems()) findings->Fail(problem.owner(), Printable(problem.message()), problem.remedy());
   if (response.problems().empty()) {
-    findings->Ok("files", absl::StrCat(response.num_models(), " models and ", response.num_datasets(), " datasets are ",
+    findings->Ok("files", absl::StrCat(Counted(response.num_models(), "model"), " and ", Counted(response.num_datasets(), "dataset"), " are ",
                                        contents ? absl::StrCat("unchanged, ", FormatBytes(response.checked_bytes()), " read") : "there with their sizes"));
   }
   return absl::OkStatus();
@@ -304,8 +304,8 @@ Result Doctor(Context& context, const DoctorOptions& options) {
   }
   Print(context, findings);
   const size_t failed = findings.Count(Level::kFail), warned = findings.Count(Level::kWarn);
-  context.err() << (failed > 0 ? absl::StrCat(failed, " failed, ") : "") << (warned > 0 ? absl::StrCat(warned, " warnings, ") : "")
-                << findings.Count(Level::kOk) << " ok\n";
+  context.err() << (failed > 0 ? absl::StrCat(failed, " failed, ") : "")
+                << (warned > 0 ? absl::StrCat(Counted(static_cast<int64_t>(warned), "warning"), ", ") : "") << findings.Count(Level::kOk) << " ok\n";
   if (!status.ok()) return ExitCodeOf(status);
   return failed > 0 ? kFailure : kOk;
 }

@@ -151,7 +151,7 @@ Result Fetch(Context& context, const FetchOptions& options) {
   int64_t bytes = 0;
   for (const v1::FileRef& file : manifest.files()) bytes += file.size_bytes();
   if (!context.PrintMessage(manifest)) context.out() << options.folder << "\n";
-  context.err() << manifest.files_size() << " files, " << FormatBytes(bytes) << ", step " << manifest.step() << ", SHA-256 of each checked\n";
+  context.err() << Counted(manifest.files_size(), "file") << ", " << FormatBytes(bytes) << ", step " << manifest.step() << ", SHA-256 of each checked\n";
   return kOk;
 }
 

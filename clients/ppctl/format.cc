@@ -168,7 +168,7 @@ std::string FormatPreviewRow(const v1::PreviewDatasetResponse::Row& row, bool co
   int64_t supervised = 0;
   for (const auto& token : row.tokens()) supervised += token.supervised();
   std::string out =
-      absl::StrCat("row ", row.row(), ": ", row.tokens_size(), " tokens, ", supervised, " supervised", row.truncated() ? ", truncated" : "", "\n");
+      absl::StrCat("row ", row.row(), ": ", Counted(row.tokens_size(), "token"), ", ", supervised, " supervised", row.truncated() ? ", truncated" : "", "\n");
   bool open = false;
   const auto mark = [&](bool on) {
     if (on == open) return;

@@ -25,7 +25,7 @@ Result Register(Context& context, const v1::RegisterModelRequest& request) {
     context.out() << model.name() << "\n";
   } else if (!context.PrintMessage(model)) {
     context.out() << model.name() << "  " << model.architecture() << "  " << FormatCount(static_cast<double>(model.num_parameters())) << " parameters, "
-                  << model.num_layers() << " layers, " << model.dtype() << "\n";
+                  << Counted(model.num_layers(), "layer") << ", " << model.dtype() << "\n";
   }
   return kOk;
 }

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "common/base/format.h"
 #include "common/spec/reader.h"
 #include "common/spec/schema.h"
 #include "common/spec/spec.h"
@@ -367,7 +368,7 @@ class RuleChecker {
     const int chunks = std::max(1, parallel.virtual_stages());
     if (stages > 0 ? count != stages * chunks : count % chunks != 0) {
       Add("parallel.layers_per_stage",
-          absl::StrCat("layers_per_stage has ", count, " numbers, but pipeline_parallel_size (", stages > 0 ? absl::StrCat(stages) : "auto",
+          absl::StrCat("layers_per_stage has ", Counted(count, "number"), ", but pipeline_parallel_size (", stages > 0 ? absl::StrCat(stages) : "auto",
                        ") x virtual_stages (", chunks, ") asks for ", stages > 0 ? absl::StrCat(stages * chunks) : absl::StrCat("a multiple of ", chunks)),
           {"parallel.pipeline_parallel_size", "parallel.virtual_stages"});
     }

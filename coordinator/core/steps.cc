@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/base/format.h"
 #include "common/base/status.h"
 #include "common/data/batch_plan.h"
 
@@ -27,9 +28,9 @@ absl::StatusOr<int64_t> TotalSteps(const v1::JobSpec& spec, const v1::TokenStati
   PPFT_ASSIGN_OR_RETURN(data::Sampler sampler, data::Sampler::Create(std::move(sizes), options));
   const int64_t total = sampler.TotalSteps(training.num_epochs(), 0);
   if (training.has_warmup_steps() && training.warmup_steps() > total) {
-    return absl::InvalidArgumentError(absl::StrCat("training.warmup_steps (", training.warmup_steps(), ") is more than the ", total,
-                                                   " steps that training.num_epochs (", training.num_epochs(), ") takes over ", train.rows(),
-                                                   " rows: lower warmup_steps or train longer"));
+    return absl::InvalidArgumentError(absl::StrCat("training.warmup_steps (", training.warmup_steps(), ") is more than the ", Counted(total, "step"),
+                                                   " that training.num_epochs (", training.num_epochs(), ") takes over ", Counted(train.rows(), "row"),
+                                                   ": lower warmup_steps or train longer"));
   }
   return total;
 }

@@ -8,6 +8,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "common/base/format.h"
 #include "common/base/status.h"
 #include "common/model/cost.h"
 #include "common/pipeline/lowering.h"
@@ -149,16 +150,16 @@ void CheckLayersPerStage(const v1::JobSpec& spec, const model::ModelConfig& conf
   const int num_stages = pipeline_size * VirtualStages(spec);
   const std::string text = absl::StrCat("[", absl::StrJoin(layers, ", "), "]");
   if (layers.size() != num_stages && violations.SizeIsSound(spec)) {
-    violations.Add("parallel.layers_per_stage", text, " has ", layers.size(), " numbers for ", num_stages, " stages (pipeline_parallel_size ", pipeline_size,
-                   " x virtual_stages ", VirtualStages(spec), "): give one number per stage");
+    violations.Add("parallel.layers_per_stage", text, " has ", Counted(layers.size(), "number"), " for ", Counted(num_stages, "stage"),
+                   " (pipeline_parallel_size ", pipeline_size, " x virtual_stages ", VirtualStages(spec), "): give one number per stage");
   }
   if (std::any_of(layers.begin(), layers.end(), [](int n) { return n < 1; })) {
     violations.Add("parallel.layers_per_stage", text, " has a stage without a layer: every stage needs at least 1");
   }
   const int64_t sum = std::accumulate(layers.begin(), layers.end(), int64_t{0});
   if (sum != config.num_layers) {
-    violations.Add("parallel.layers_per_stage", text, " adds up to ", sum, ", but the model has ", config.num_layers, " layers: the numbers must add up to ",
-                   config.num_layers);
+    violations.Add("parallel.layers_per_stage", text, " adds up to ", sum, ", but the model has ", Counted(config.num_layers, "layer"),
+                   ": the numbers must add up to ", config.num_layers);
   }
 }
 
@@ -266,8 +267,8 @@ std::vector<v1::Violation> CheckLayout(const v1::JobSpec& spec, const model::Mod
   const bool size_is_sound = violations.SizeIsSound(spec);
   if (size_is_sound && num_stages > config.num_layers) {
     violations.Add(named ? "parallel.pipeline_parallel_size" : "parallel.virtual_stages", num_stages, " stages (pipeline_parallel_size ", pipeline_size,
-                   " x virtual_stages ", VirtualStages(spec), ") are more than the model's ", config.num_layers, " layers: use at most ", config.num_layers,
-                   " stages");
+                   " x virtual_stages ", VirtualStages(spec), ") are more than the model's ", Counted(config.num_layers, "layer"), ": use at most ",
+                   Counted(config.num_layers, "stage"));
   } else if (size_is_sound && violations.MicrobatchesAreSound() && NumMicrobatches(spec) > MaxMicrobatches(spec, pipeline_size)) {
     violations.Add("training.gradient_accumulation_steps", NumMicrobatches(spec), " micro-batches per step are more than the ",
                    MaxMicrobatches(spec, pipeline_size), " that a plan for ", pipeline_size * DataParallelSize(spec),

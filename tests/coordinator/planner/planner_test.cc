@@ -285,7 +285,7 @@ TEST(PlannerTest, ContradictionsNameFieldNumbersAndRemedy) {
          s.mutable_parallel()->set_pipeline_parallel_size(2);
          s.mutable_parallel()->add_layers_per_stage(5);
        },
-       {"parallel.layers_per_stage: [5] has 1 numbers for 2 stages"}},
+       {"parallel.layers_per_stage: [5] has 1 number for 2 stages"}},
       {"a stage without a layer",
        [](v1::JobSpec& s) {
          s.mutable_parallel()->set_pipeline_parallel_size(2);

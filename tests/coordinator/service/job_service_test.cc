@@ -140,7 +140,7 @@ TEST_F(JobServiceTest, WhatDoesNotHangTogetherIsToldTogether) {
   spec.mutable_parallel()->add_layers_per_stage(1);
   spec.mutable_data()->mutable_datasets(0)->set_path("ds-9");
   EXPECT_THAT(Fields(spec),
-              testing::UnorderedElementsAre(HasSubstr("adapter.r: 0 is out of range"), HasSubstr("parallel.layers_per_stage: layers_per_stage has 1 numbers"),
+              testing::UnorderedElementsAre(HasSubstr("adapter.r: 0 is out of range"), HasSubstr("parallel.layers_per_stage: layers_per_stage has 1 number,"),
                                             HasSubstr("data.sequence_len: 100000 is more than the 512 positions"),
                                             HasSubstr("parallel.pipeline_parallel_size: 9 stages"), HasSubstr("data.datasets[0].path: no dataset \"ds-9\"")));
   spec = Spec(2);
