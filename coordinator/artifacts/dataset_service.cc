@@ -35,7 +35,7 @@ absl::StatusOr<v1::Dataset> FindDataset(JobStore& store, const std::string& id) 
   return named[0];
 }
 
-grpc::Status NotYet(const char* what) { return Reply(absl::UnimplementedError(absl::StrCat(what, " is not supported yet"))); }
+grpc::Status NotYet(const char* what) { return Reply(absl::UnimplementedError(absl::StrCat(what, " is not supported in this version"))); }
 
 }  // namespace
 

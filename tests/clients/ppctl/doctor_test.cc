@@ -117,14 +117,14 @@ TEST_F(DoctorTest, HostsThatDoNotFit) {
   Expect("warn", "its clock differs from the coordinator's by +90.000 s", "time server", 0);
   coordinator_.workers[1] = Worker("worker-1", "host-b");
   coordinator_.workers[1].set_disk_free_bytes(1000);
-  Expect("fail", ": 0.0 GiB free on the disk of its --work_dir", "--cache_limit_gib", 1);
+  Expect("fail", ": 1000 B free on the disk of its --work_dir", "--cache_limit_gib", 1);
 }
 
 TEST_F(DoctorTest, TheCoordinatorInTrouble) {
   coordinator_.status.set_data_bytes_free(int64_t{5} << 30);
   Expect("warn", "5.0 GiB free for /data", "make room", 0);
   coordinator_.status.set_data_bytes_free(1000);
-  Expect("fail", ": 0.0 GiB free for /data", "make room", 1);
+  Expect("fail", ": 1000 B free for /data", "make room", 1);
   coordinator_.status.set_data_bytes_free(int64_t{100} << 30);
   coordinator_.clock_ahead = absl::Hours(1);
   Expect("warn", "the coordinator's clock differs", "time server", 0);

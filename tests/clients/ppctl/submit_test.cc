@@ -235,7 +235,7 @@ TEST_F(SubmitTest, PlanPrintsStages) {
   EXPECT_THAT(run.out, HasSubstr("1 replica, 8 micro-batches of 512 tokens in 3 passes of up to 3, 0 % bubble predicted"));
   EXPECT_THAT(run.out, HasSubstr("activation checkpointing selective"));
   EXPECT_THAT(run.out, HasSubstr("RANK  STAGES  IN FLIGHT  WEIGHTS"));
-  EXPECT_THAT(run.out, HasSubstr("0     0       2          1.5 GiB  0.0 MiB  320 MiB"));
+  EXPECT_THAT(run.out, HasSubstr("0     0       2          1.5 GiB  0 B      320 MiB"));
   EXPECT_THAT(run.out, HasSubstr("does not fit: needs 2 devices, 1 is there"));
 }
 
