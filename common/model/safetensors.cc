@@ -21,6 +21,7 @@ namespace {
 using nlohmann::json;
 
 constexpr int kMaxDimensions = 8;
+constexpr int64_t kStartBytes = int64_t{16} << 20;  // what a writer hands to the disk at once
 constexpr char kMetadata[] = "__metadata__";
 
 // Builds the tensor list straight from the parser's events: a header of 100 MB never becomes a tree of JSON values.
@@ -279,9 +280,26 @@ absl::StatusOr<SafetensorsWriter> SafetensorsWriter::Create(const std::string& p
 
 absl::Status SafetensorsWriter::Append(absl::string_view bytes) {
   if (static_cast<int64_t>(bytes.size()) > file_bytes_ - written_) return absl::InternalError(absl::StrCat(path_, ": more bytes than its header says"));
-  PPFT_RETURN_IF_ERROR(WriteAll(fd_.get(), bytes, path_));
-  sha_.Update(bytes);
-  written_ += static_cast<int64_t>(bytes.size());
+  while (!bytes.empty()) {
+    const absl::string_view part = bytes.substr(0, static_cast<size_t>(kUnsyncedBytes - (written_ - synced_)));
+    PPFT_RETURN_IF_ERROR(WriteAll(fd_.get(), part, path_));
+    sha_.Update(part);
+    written_ += static_cast<int64_t>(part.size());
+    bytes.remove_prefix(part.size());
+    PPFT_RETURN_IF_ERROR(Sync());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SafetensorsWriter::Sync() {
+  if (written_ - started_ >= kStartBytes) {
+    // Only so that the disk is busy while more is made; whether it could be done shows in fdatasync.
+    sync_file_range(fd_.get(), started_, written_ - started_, SYNC_FILE_RANGE_WRITE);
+    started_ = written_;
+  }
+  if (written_ - synced_ < kUnsyncedBytes) return absl::OkStatus();
+  if (fdatasync(fd_.get()) != 0) return ErrnoStatus(errno, path_);
+  synced_ = written_;
   return absl::OkStatus();
 }
 

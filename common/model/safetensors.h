@@ -49,23 +49,30 @@ absl::StatusOr<SafetensorsHeader> ReadSafetensorsHeader(const std::string& path)
 // The first bytes of a file with these tensors in this order (offset and size_bytes of the input are not read), padded with blanks to a multiple of 8.
 std::string SafetensorsHeaderBytes(const std::vector<TensorInfo>& tensors, const std::map<std::string, std::string>& metadata);
 
-// Writes a file front to back: Create writes the header, Append the tensors' bytes in their order and in pieces of any size, Finish syncs.
+// Writes a file front to back: Create writes the header, Append the tensors' bytes in their order and in pieces of any size, Finish syncs. What is written is
+// on the disk but for the last kUnsyncedBytes: no call waits for more than that.
 // The same tensors and metadata give the same bytes. Without Finish the file at `path` is not valid.
 class SafetensorsWriter {
  public:
   static absl::StatusOr<SafetensorsWriter> Create(const std::string& path, const std::vector<TensorInfo>& tensors,
                                                   const std::map<std::string, std::string>& metadata);
+  static constexpr int64_t kUnsyncedBytes = int64_t{256} << 20;
+
   absl::Status Append(absl::string_view bytes);
   // fsync of the file. INTERNAL if bytes are missing. Returns the sha256 of the whole file.
   absl::StatusOr<std::string> Finish();
   int64_t file_bytes() const { return file_bytes_; }
 
  private:
+  absl::Status Sync();
+
   std::string path_;
   Fd fd_;
   Sha256 sha_;
   int64_t file_bytes_ = 0;  // when complete
   int64_t written_ = 0;
+  int64_t started_ = 0;  // up to here the kernel has been told to write to the disk
+  int64_t synced_ = 0;   // up to here it has
 };
 
 // model.safetensors.index.json: tensor name -> shard file name (a plain name without folder; others are refused).

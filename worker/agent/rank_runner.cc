@@ -361,8 +361,10 @@ void RankRunner::WatchProgress() {
     const auto now = std::chrono::steady_clock::now();
     const uint64_t count = beat->counter.load(std::memory_order_acquire);
     const auto section = static_cast<trainer::Section>(beat->section.load(std::memory_order_relaxed));
-    // Peers that are still fetching their files are nobody's fault: the coordinator watches the start as a whole.
-    if (count != last_count || section == trainer::Section::kConnecting) changed_at = now;
+    // Peers that are still fetching their files are nobody's fault: the coordinator watches the start as a whole. Nor are those that write their export, each
+    // of which is watched where it writes.
+    const bool waits = section == trainer::Section::kConnecting || (section == trainer::Section::kAwaitExport && !process_.stopped());
+    if (count != last_count || waits) changed_at = now;
     last_count = count;
     // A rank that waits for another has its own deadline; the agent steps in only if that fails too.
     const absl::Duration budget = trainer::WaitsForPeer(section) ? 2 * timeout : timeout;

@@ -28,11 +28,12 @@ enum class Section : uint32_t {
   kCheckpoint = 9,
   kExport = 10,
   kDone = 11,
+  kAwaitExport = 12,  // waits for peers whose export takes as long as their disks need
 };
 
 inline const char* SectionName(Section section) {
-  static constexpr const char* kNames[] = {"starting", "loading", "connecting", "forward",    "backward", "send",
-                                           "receive",  "reduce",  "optimizer",  "checkpoint", "export",   "done"};
+  static constexpr const char* kNames[] = {"starting", "loading",   "connecting", "forward", "backward", "send",        "receive",
+                                           "reduce",   "optimizer", "checkpoint", "export",  "done",     "await_export"};
   const auto index = static_cast<uint32_t>(section);
   return index < sizeof(kNames) / sizeof(kNames[0]) ? kNames[index] : "unknown";
 }
@@ -67,12 +68,17 @@ inline void UnmapBeat(Beat* beat) {
   if (beat != nullptr) munmap(beat, kBeatBytes);
 }
 
+// Another one in the same place.
+inline void AddBeat(Beat* beat) {
+  if (beat != nullptr) beat->counter.fetch_add(1, std::memory_order_release);
+}
+
 inline void WriteBeat(Beat* beat, Section section, int64_t step, int64_t microbatch) {
   if (beat == nullptr) return;
   beat->section.store(static_cast<uint32_t>(section), std::memory_order_relaxed);
   beat->step.store(step, std::memory_order_relaxed);
   beat->microbatch.store(microbatch, std::memory_order_relaxed);
-  beat->counter.fetch_add(1, std::memory_order_release);
+  AddBeat(beat);
 }
 
 }  // namespace ppft::trainer

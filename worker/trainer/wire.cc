@@ -131,7 +131,7 @@ void ReadSpec(const v1::JobSpec& spec, TrainerConfig* config) {
   config->data.sequence_len = spec.data().sequence_len();
   config->data.sample_packing = spec.data().sample_packing();
   config->data.shuffle = spec.data().shuffle();
-  config->activation_checkpointing = spec.parallel().activation_checkpointing();
+  if (!spec.parallel().activation_checkpointing().empty()) config->activation_checkpointing = spec.parallel().activation_checkpointing();
   config->cuda_graphs = spec.parallel().cuda_graphs() != "off";
   const v1::TrainingSpec& training = spec.training();
   config->data.micro_batch_size = training.micro_batch_size();

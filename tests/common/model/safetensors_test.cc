@@ -1,6 +1,10 @@
 // safetensors: a table of hostile headers, the writer, and the index.
 #include "common/model/safetensors.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <string>
 #include <vector>
 
@@ -9,6 +13,19 @@
 #include "common/base/sha256.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+
+namespace {
+int syncs = 0;            // of the disk, without the last one of a file
+bool disk_fails = false;  // when it is asked
+}  // namespace
+
+// Instead of the C library's.
+extern "C" int fdatasync(int fd) {
+  ++syncs;
+  if (!disk_fails) return static_cast<int>(syscall(SYS_fdatasync, fd));
+  errno = EIO;
+  return -1;
+}
 
 namespace ppft::model {
 namespace {
@@ -154,6 +171,28 @@ TEST(Safetensors, WriterRoundTripsAlignedAndDeterministic) {
     if (run == 0) first = bytes;
     EXPECT_EQ(bytes, first);
   }
+}
+
+TEST(Safetensors, ALongFileGoesToTheDiskWhileItIsWritten) {
+  const std::string path = absl::StrCat(::testing::TempDir(), "ppft_long.safetensors");
+  const std::vector<TensorInfo> tensors = {{"long", "U8", {SafetensorsWriter::kUnsyncedBytes + 1}, 0, 0}};
+  const std::string all(static_cast<size_t>(SafetensorsWriter::kUnsyncedBytes + 1), 'l');
+  for (const bool fails : {false, true}) {
+    syncs = 0;
+    disk_fails = fails;
+    auto writer = SafetensorsWriter::Create(path, tensors, {});
+    ASSERT_TRUE(writer.ok()) << writer.status();
+    const absl::Status appended = writer->Append(all);
+    EXPECT_EQ(syncs, 1);
+    EXPECT_EQ(appended.ok(), !fails) << appended;
+    if (fails) continue;
+    ASSERT_TRUE(writer->Finish().ok());
+    const auto header = ReadSafetensorsHeader(path);
+    ASSERT_TRUE(header.ok()) << header.status();
+    EXPECT_EQ(header->Find("long")->size_bytes, static_cast<int64_t>(all.size()));
+  }
+  disk_fails = false;
+  EXPECT_TRUE(RemoveAll(path).ok());
 }
 
 TEST(Safetensors, EmptyFileOfNoTensors) {

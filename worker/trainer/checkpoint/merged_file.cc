@@ -1,13 +1,20 @@
 #include "worker/trainer/checkpoint/merged_file.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/status.h"
 
 namespace ppft::trainer {
+namespace {
 
-absl::StatusOr<WrittenFile> WriteMergedFile(const std::string& path, const std::vector<StageModel*>& stages, at::ScalarType dtype) {
+constexpr size_t kPartBytes = size_t{32} << 20;
+
+}  // namespace
+
+absl::StatusOr<WrittenFile> WriteMergedFile(const std::string& path, const std::vector<StageModel*>& stages, at::ScalarType dtype,
+                                            const std::function<void()>& progress) {
   PPFT_ASSIGN_OR_RETURN(const std::string word, DtypeWord(dtype));
   std::vector<model::TensorInfo> infos;
   for (const StageModel* stage : stages) {
@@ -25,7 +32,14 @@ absl::StatusOr<WrittenFile> WriteMergedFile(const std::string& path, const std::
     PPFT_RETURN_IF_ERROR(stage->ForEachMerged(dtype, [&](const std::string& name, const at::Tensor& tensor) -> absl::Status {
       if (next >= infos.size() || infos[next].name != name) return absl::InternalError(absl::StrCat(path, ": unexpected tensor ", name));
       ++next;
-      return writer.Append(absl::string_view(static_cast<const char*>(tensor.data_ptr()), tensor.nbytes()));
+      progress();
+      absl::string_view bytes(static_cast<const char*>(tensor.data_ptr()), tensor.nbytes());
+      while (!bytes.empty()) {
+        PPFT_RETURN_IF_ERROR(writer.Append(bytes.substr(0, kPartBytes)));
+        bytes.remove_prefix(std::min(kPartBytes, bytes.size()));
+        progress();
+      }
+      return absl::OkStatus();
     }));
   }
   PPFT_ASSIGN_OR_RETURN(std::string sha256, writer.Finish());

@@ -24,7 +24,7 @@ std::string Name(const Tag& tag) { return absl::StrCat("pass ", tag.pass, ", sta
 }  // namespace
 
 TcpConnection::TcpConnection(Fd fd, const TcpConnectionOptions& options, std::function<void(const absl::Status&)> on_failure)
-    : fd_(std::move(fd)), options_(options), on_failure_(std::move(on_failure)) {
+    : fd_(std::move(fd)), options_(options), on_failure_(std::move(on_failure)), patience_(options.stall_timeout) {
   sender_ = std::thread([this] { SendLoop(); });
   receiver_ = std::thread([this] { ReceiveLoop(); });
 }
@@ -91,7 +91,7 @@ absl::Status TcpConnection::Post(std::shared_ptr<Receive> receive) {
 
 absl::Status TcpConnection::Wait(const Receive& receive) {
   std::unique_lock<std::mutex> lock(mutex_);
-  const bool in_time = receive_changed_.wait_for(lock, Chrono(options_.stall_timeout), [&] { return receive.done || peer_said_goodbye_ || !status_.ok(); });
+  const bool in_time = receive_changed_.wait_for(lock, Chrono(patience_), [&] { return receive.done || peer_said_goodbye_ || !status_.ok(); });
   if (receive.done) return absl::OkStatus();
   PPFT_RETURN_IF_ERROR(status_);
   if (in_time)
@@ -132,7 +132,7 @@ absl::Status TcpConnection::Send(const Tag& tag, Buffer buffer) {
   header.tag = tag;
   header.payload_bytes = buffer.bytes;
   std::unique_lock<std::mutex> lock(mutex_);
-  const bool room = send_changed_.wait_for(lock, Chrono(options_.stall_timeout),
+  const bool room = send_changed_.wait_for(lock, Chrono(patience_),
                                            [&] { return static_cast<int>(queue_.size()) < options_.ring_frames || peer_said_goodbye_ || !status_.ok(); });
   PPFT_RETURN_IF_ERROR(status_);
   if (!room) {
@@ -188,6 +188,11 @@ void TcpConnection::SendLoop() {
     send_changed_.notify_all();
   }
   queue_.clear();
+}
+
+void TcpConnection::WaitWithoutLimit() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  patience_ = absl::InfiniteDuration();
 }
 
 absl::Status TcpConnection::Finish() {

@@ -48,6 +48,8 @@ class TcpConnection {
   absl::Status Post(std::shared_ptr<Receive> receive);
   absl::Status Wait(const Receive& receive);
   absl::Status Send(const Tag& tag, Buffer buffer);
+  // Wait and Send have no stall timeout any more.
+  void WaitWithoutLimit();
   // Sends what is queued and the goodbye; waits until it has left.
   absl::Status Finish();
   // Every waiting and later call fails with `cause`; the threads end. The peer is told whom this rank has lost, so that it names the same one; not when
@@ -81,6 +83,7 @@ class TcpConnection {
   std::condition_variable ring_changed_;     // room in the ring, or a receive was posted
   // Guarded by mutex_.
   absl::Status status_;
+  absl::Duration patience_;  // of Wait and Send
   bool peer_said_goodbye_ = false;
   std::deque<Outgoing> queue_;  // the front is being sent
   bool sending_ = false;        // the sender thread works on the front

@@ -78,6 +78,10 @@ class TcpTransport : public Transport {
     return First(connection->Wait(*receive));
   }
 
+  void WaitWithoutLimit() override {
+    for (auto& [key, connection] : connections_) connection->WaitWithoutLimit();
+  }
+
   absl::Status Close() override {
     absl::Status status;
     for (auto& [key, connection] : connections_) {

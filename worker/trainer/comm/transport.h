@@ -2,7 +2,7 @@
 //
 // Two ranks talk over channels; a message is named by its tag, and a receive takes the message of its tag, whatever came before it on that channel.
 // Errors carry the rank that was not reachable (PeerOf) and are final: after one, every call fails with the first cause. A peer that dies or closes is an
-// error, never a hang; a peer that stays silent is one after the stall timeout.
+// error, never a hang; a peer that stays silent is one after the stall timeout, until WaitWithoutLimit.
 // Thread: one thread at a time, but for Abort.
 #pragma once
 
@@ -60,6 +60,10 @@ class Transport {
   virtual absl::Status Send(int peer, Channel channel, const Tag& tag, Buffer buffer) = 0;
   // Until the receive is complete.
   virtual absl::Status Wait(Ticket ticket) = 0;
+
+  // From here on a peer may stay silent: it does what takes as long as it takes. One that dies, closes, or whose process gives no sign of life where that is
+  // asked for, is still an error.
+  virtual void WaitWithoutLimit() = 0;
 
   // All sends have left, the peers are told that the end is regular, the connections are closed.
   virtual absl::Status Close() = 0;

@@ -30,12 +30,14 @@ class Activity {
   // `beat` may be null.
   explicit Activity(Beat* beat);
 
-  // All but step() and seconds(): the engine's thread.
+  // All but Progress(), step() and seconds(): the engine's thread.
 
   // From here on sections are timed by the device. Once, with the device's stream current.
   void UseDevice(std::unique_ptr<DeviceTimer> timer);
   // `action`: what it is done for, if it is one of a program.
   void Enter(Section section, const pipeline::Action* action = nullptr);
+  // A beat within the section: some of its work is done. Any thread.
+  void Progress() { AddBeat(beat_); }
   // Nothing that counts as work, until the next section. No beat.
   void Rest() { Change(Section::kStarting, nullptr); }
   // The optimizer step that is being worked on.

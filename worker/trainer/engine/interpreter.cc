@@ -25,6 +25,18 @@ Buffer BufferOf(const at::Tensor& tensor) {
   return buffer;
 }
 
+// Of a message's announcement. Groups, the control channel's other users, count micro-batch 0 alone.
+Tag AnnouncementOf(const Tag& message) { return {message.pass, message.stage, -1 - message.microbatch}; }
+
+Buffer OneByte() {
+  auto owner = std::make_shared<char>('\0');
+  Buffer buffer;
+  buffer.data = owner.get();
+  buffer.bytes = 1;
+  buffer.owner = owner;
+  return buffer;
+}
+
 absl::Status Missing(const Action& action, absl::string_view what) {
   return absl::InvalidArgumentError(absl::StrCat("the program does ", pipeline::ToString(action), " without ", what));
 }
@@ -90,6 +102,10 @@ absl::StatusOr<at::Tensor> Interpreter::Take(std::map<Key, Incoming>* incoming, 
   if (found == incoming->end()) return absl::NotFoundError("");
   Incoming message = std::move(found->second);
   incoming->erase(found);
+  if (message.announcement.has_value()) {
+    activity_->Enter(Section::kAwaitExport, &receive);
+    PPFT_RETURN_IF_ERROR(transport_->Wait(*message.announcement));
+  }
   if (message.posted) {
     activity_->Enter(Section::kReceive, &receive);
     PPFT_RETURN_IF_ERROR(transport_->Wait(message.ticket));
@@ -153,8 +169,10 @@ absl::Status Interpreter::Send(const Action& action, const Pass& pass) {
   const at::Tensor tensor = found->second.contiguous();
   made.erase(found);
   activity_->Enter(Section::kSend, &action);
-  return transport_->Send(mesh_.RankOfStage(mesh_.ReplicaOf(rank_), to_stage), forward ? Channel::kActivations : Channel::kGradients,
-                          Tag{pass.options.pass, action.stage, action.microbatch}, BufferOf(tensor));
+  const int peer = mesh_.RankOfStage(mesh_.ReplicaOf(rank_), to_stage);
+  const Tag tag{pass.options.pass, action.stage, action.microbatch};
+  PPFT_RETURN_IF_ERROR(transport_->Send(peer, forward ? Channel::kActivations : Channel::kGradients, tag, BufferOf(tensor)));
+  return pass.options.announced ? transport_->Send(peer, Channel::kControl, AnnouncementOf(tag), OneByte()) : absl::OkStatus();
 }
 
 absl::Status Interpreter::Receive(const Action& action, const Pass& pass) {
@@ -166,9 +184,12 @@ absl::Status Interpreter::Receive(const Action& action, const Pass& pass) {
   Incoming message;
   message.tensor = at::empty({TokensOf(input), hidden_size_}, hidden_);
   message.posted = true;
-  PPFT_ASSIGN_OR_RETURN(message.ticket,
-                        transport_->PostReceive(mesh_.RankOfStage(mesh_.ReplicaOf(rank_), from_stage), forward ? Channel::kActivations : Channel::kGradients,
-                                                Tag{pass.options.pass, from_stage, action.microbatch}, BufferOf(message.tensor)));
+  const int peer = mesh_.RankOfStage(mesh_.ReplicaOf(rank_), from_stage);
+  const Tag tag{pass.options.pass, from_stage, action.microbatch};
+  PPFT_ASSIGN_OR_RETURN(message.ticket, transport_->PostReceive(peer, forward ? Channel::kActivations : Channel::kGradients, tag, BufferOf(message.tensor)));
+  if (pass.options.announced) {
+    PPFT_ASSIGN_OR_RETURN(message.announcement, transport_->PostReceive(peer, Channel::kControl, AnnouncementOf(tag), OneByte()));
+  }
   std::map<Key, Incoming>& incoming = forward ? inputs_ : gradients_;
   incoming[{action.stage, action.microbatch}] = std::move(message);
   return absl::OkStatus();

@@ -69,8 +69,7 @@ absl::Status Trainer::Run() {
   reporter_->Ready();
   PPFT_RETURN_IF_ERROR(WithCause(Train()));
   PPFT_RETURN_IF_ERROR(WithCause(Export()));
-  activity_.Enter(Section::kReduce);
-  PPFT_RETURN_IF_ERROR(world_->Barrier());
+  PPFT_RETURN_IF_ERROR(AwaitAll());
   stats_.reset();
   if (transport_ != nullptr) PPFT_RETURN_IF_ERROR(transport_->Close());
   activity_.Enter(Section::kDone);

@@ -109,6 +109,8 @@ class Trainer {
 
   absl::Status Export();
   absl::Status WriteArtifacts(ExportWritten* written, std::string* adapter_path, std::string* merged_path);
+  // Until all ranks are here, however long some of them write or verify.
+  absl::Status AwaitAll();
   // Forward of the probe through the pipeline; logits [probe, vocab] on the last stage.
   absl::Status ProbeLogits(const std::vector<int32_t>& probe, at::Tensor* logits);
   std::vector<int32_t> Probe() const;  // the first tokens of the data

@@ -78,7 +78,7 @@ absl::Status Trainer::WriteArtifacts(ExportWritten* written, std::string* adapte
   activity_.Enter(Section::kExport);
   PPFT_ASSIGN_OR_RETURN(const at::ScalarType dtype, MergeType(config_.merge_dtype));
   const std::string merged_name = absl::StrFormat("merged-rank-%d.safetensors", config_.me().pipeline_rank);
-  absl::StatusOr<WrittenFile> merged = WriteMergedFile(JoinPath(config_.directory, merged_name), Stages(), dtype);
+  absl::StatusOr<WrittenFile> merged = WriteMergedFile(JoinPath(config_.directory, merged_name), Stages(), dtype, [this] { activity_.Progress(); });
   PPFT_RETURN_IF_ERROR(DiskReason(merged.status()));
   written->merged_files.push_back(Named(*merged, merged_name));
   *merged_path = merged->path;
@@ -87,6 +87,7 @@ absl::Status Trainer::WriteArtifacts(ExportWritten* written, std::string* adapte
 
 absl::Status Trainer::Export() {
   activity_.Enter(Section::kExport);
+  if (transport_ != nullptr) transport_->WaitWithoutLimit();
   ExportWritten written;
   written.step = state_.step;
   if (cuda_ != nullptr) cuda_->Synchronize(0);
@@ -117,10 +118,19 @@ std::vector<int32_t> Trainer::Probe() const {
   return probe;
 }
 
+absl::Status Trainer::AwaitAll() {
+  activity_.Enter(Section::kAwaitExport);
+  PPFT_RETURN_IF_ERROR(world_->Barrier());
+  activity_.Enter(Section::kExport);
+  return absl::OkStatus();
+}
+
 absl::Status Trainer::HelpVerify() {
   at::Tensor logits;
+  PPFT_RETURN_IF_ERROR(AwaitAll());
   PPFT_RETURN_IF_ERROR(ProbeLogits(Probe(), &logits));  // what is in memory
-  return ProbeLogits(Probe(), &logits);                 // the adapter that replica 0 has read back
+  PPFT_RETURN_IF_ERROR(AwaitAll());
+  return ProbeLogits(Probe(), &logits);  // the adapter that replica 0 has read back
 }
 
 absl::Status Trainer::ProbeLogits(const std::vector<int32_t>& probe, at::Tensor* logits) {
@@ -128,6 +138,7 @@ absl::Status Trainer::ProbeLogits(const std::vector<int32_t>& probe, at::Tensor*
   PPFT_ASSIGN_OR_RETURN(const std::vector<pipeline::Program> lowered, pipeline::Lower(forward, mesh_.num_stages()));
   PassOptions options;
   options.pass = next_pass_++;
+  options.announced = true;
   options.last_stage = [&](StageModel& stage, const MicrobatchInput& input, const at::Tensor& hidden_in) -> absl::Status {
     std::vector<int64_t> rows(probe.size());
     for (size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<int64_t>(i);
@@ -149,8 +160,9 @@ absl::StatusOr<std::array<double, 2>> Trainer::DifferenceToAll(const at::Tensor&
   // The last stage alone knows it; all of replica 0 decide on it.
   std::vector<int> pipeline = mesh_.PipelineOf(0);
   Group group(transport_.get(), 1000 + static_cast<int>(next_pass_++), std::move(pipeline));
-  activity_.Enter(Section::kReduce);
+  activity_.Enter(Section::kAwaitExport);
   PPFT_RETURN_IF_ERROR(group.AllReduceSum(absl::Span<double>(difference.data(), difference.size())));
+  activity_.Enter(Section::kExport);
   return difference;
 }
 
@@ -159,6 +171,7 @@ absl::StatusOr<std::map<int, std::unique_ptr<StageModel>>> Trainer::MergedStages
   PPFT_ASSIGN_OR_RETURN(const at::ScalarType dtype, MergeType(config_.merge_dtype));
   // A tied head uses the embedding, which the first stage's shard holds: here it is the base model's, which training does not change.
   const TensorSource source = [this, file, dtype](const std::string& name) -> absl::StatusOr<at::Tensor> {
+    activity_.Progress();
     absl::StatusOr<at::Tensor> tensor = file(name);
     if (tensor.ok() || name != model::kEmbeddingName) return tensor;
     PPFT_ASSIGN_OR_RETURN(const at::Tensor base, base_(name));
@@ -189,6 +202,7 @@ absl::Status Trainer::Verify(const std::string& adapter_path, const std::string&
   return CatchTorch("verification", [&]() -> absl::Status {
     const std::vector<int32_t> probe = Probe();
     at::Tensor own, read;
+    if (shares_layers()) PPFT_RETURN_IF_ERROR(AwaitAll());  // HelpVerify goes along
     PPFT_RETURN_IF_ERROR(ProbeLogits(probe, &own));
 
     const auto compare = [&](const std::string& type) -> absl::Status {
@@ -217,16 +231,17 @@ absl::Status Trainer::Verify(const std::string& adapter_path, const std::string&
       return absl::OkStatus();
     };
 
+    activity_.Enter(Section::kExport);
     const std::vector<float> masters = adapter_->CopyMasters();
     PPFT_ASSIGN_OR_RETURN(const TensorSource adapter_file, SourceOfFiles({adapter_path}));
     adapter_->SetMasters(std::vector<float>(masters.size(), 0.0f));  // nothing of the comparison may come from memory
     PPFT_RETURN_IF_ERROR(adapter_->LoadMasters(adapter_file));
+    if (shares_layers()) PPFT_RETURN_IF_ERROR(AwaitAll());
     PPFT_RETURN_IF_ERROR(ProbeLogits(probe, &read));
     PPFT_RETURN_IF_ERROR(compare("adapter"));
     adapter_->SetMasters(masters);
     if (merged_path.empty()) return absl::OkStatus();
 
-    activity_.Enter(Section::kExport);
     DropTrainedModel();
     PPFT_ASSIGN_OR_RETURN(const auto merged, MergedStages(merged_path));
     std::map<int, StageModel*> map;

@@ -53,11 +53,12 @@ std::vector<std::string> PathsOf(const std::vector<FileOnDisk>& files) {
   return paths;
 }
 
-// The base model's tensors of this rank, mapped when asked for.
-TensorSource SourceOfTensors(const std::vector<BaseTensor>& tensors) {
+// The base model's tensors of this rank, mapped when asked for. Each is a beat: what reads them all takes as long as the disk needs.
+TensorSource SourceOfTensors(const std::vector<BaseTensor>& tensors, Activity* activity) {
   auto by_name = std::make_shared<std::map<std::string, BaseTensor>>();
   for (const BaseTensor& tensor : tensors) (*by_name)[tensor.name] = tensor;
-  return [by_name](const std::string& name) -> absl::StatusOr<at::Tensor> {
+  return [by_name, activity](const std::string& name) -> absl::StatusOr<at::Tensor> {
+    activity->Progress();
     auto found = by_name->find(name);
     if (found == by_name->end()) return absl::NotFoundError(absl::StrCat("tensor ", name, " was not given to this rank"));
     PPFT_ASSIGN_OR_RETURN(const at::ScalarType dtype, DtypeOfWord(found->second.dtype));
@@ -157,7 +158,7 @@ absl::Status Trainer::LoadData() {
 }
 
 absl::Status Trainer::LoadStages() {
-  base_ = SourceOfTensors(config_.tensors);
+  base_ = SourceOfTensors(config_.tensors, &activity_);
   for (const int stage : config_.me().stages) {
     activity_.Enter(Section::kLoading);
     absl::StatusOr<std::unique_ptr<StageModel>> model = factory_(model_config_, OptionsOf(stage), base_);
