@@ -166,43 +166,13 @@ void DecoderLayer::RecomputeGateUp(const LayerPass& pass, const LayerActivations
 }
 
 void DecoderLayer::Backward(const LayerPass& pass, const LayerActivations& saved, const at::Tensor& dhidden, bool input_gradient) {
-  const int64_t tokens = dhidden.size(0);
-  const int64_t hidden = config_.hidden_size;
-  const int64_t ffn = config_.intermediate_size;
-  const bool in_place = kernels_.wants_parts();  // the input of a linear, made again, takes the place of its gradient
-  // The gradient of the linear's input: rows [T, in] of scratch kGradient; d for the adapters' gradients.
-  struct Step {
-    at::Tensor dx, d;
-    std::vector<DropoutSequence> dropout;
-    at::Tensor dropped;
-  };
-  const auto input_of = [&](LoraLinear& layer, const at::Tensor& dy, bool dx_needed) {
-    Step step;
-    step.dropout = DropoutOf(pass, layer);
-    step.dropped = DroppedBuffer(pass, step.dropout, tokens, layer.in());
-    const at::Tensor dx = pass.scratch.Get(Scratch::kGradient, tokens, layer.in() + layer.lora_columns());
-    step.d = layer.InputGradient(dy, dx, dx_needed, step.dropout, step.dropped);
-    step.dx = dx.narrow(1, 0, layer.in());
-    return step;
-  };
-  const auto adapters_of = [](LoraLinear& layer, const Step& step, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora,
-                              LoraLinear::Missing missing = LoraLinear::Missing::kBoth) {
-    layer.AdapterGradients(dy, x, lora, step.d, step.dropout, step.dropped, missing);
-  };
-  // Through a norm that feeds `layer`: adds to dhidden and gives the norm's output again.
-  const auto through_norm = [&](LoraLinear& layer, const Step& step, const at::Tensor& x, const at::Tensor& rstd, const at::Tensor& weight, bool dx_needed) {
-    const at::Tensor normed = in_place ? step.dx : pass.scratch.Get(Scratch::kNormed, tokens, hidden);
-    if (layer.lora_columns() == 0) {
-      if (dx_needed) kernels_.RmsNormBackward(step.dx, x, rstd, weight, dhidden);
-    } else if (dx_needed) {
-      kernels_.RmsNormBackwardAndNormed(step.dx, x, rstd, weight, dhidden, normed);
-    } else {
-      kernels_.ApplyRmsNorm(x, rstd, weight, normed);
-    }
-    return normed;
-  };
+  BackwardMlp(pass, saved, dhidden);
+  BackwardAttention(pass, saved, dhidden, input_gradient);
+}
 
-  const Step down = input_of(down_, dhidden, true);
+void DecoderLayer::BackwardMlp(const LayerPass& pass, const LayerActivations& saved, const at::Tensor& dhidden) {
+  const int64_t tokens = dhidden.size(0);
+  const LinearGradient down = InputGradient(pass, down_, dhidden, true);
   const at::Tensor dgate_up = saved.gate_up;  // in place: the saved values are not needed again
   // With adapters on all three, some of their sums may be made on the way.
   const bool all_adapted = lora_.r > 0 && down_.lora_columns() == lora_.r && gate_up_.lora_columns() == 2 * lora_.r;
@@ -211,18 +181,21 @@ void DecoderLayer::Backward(const LayerPass& pass, const LayerActivations& saved
                       kernels_.SwiGluBackwardSums(down.dx, saved.gate_up, saved.gate_up_lora, down.d, gate_up_.scale(), two[0].b_gradient, two[1].b_gradient,
                                                   down_.modules()[0].a_gradient, /*room=*/pass.scratch.Get(Scratch::kQkvGradient, tokens, heads_.row_size()));
   if (summed) {
-    adapters_of(down_, down, dhidden, at::Tensor(), saved.down_lora, LoraLinear::Missing::kB);
+    AdapterGradients(down_, down, dhidden, at::Tensor(), saved.down_lora, LoraLinear::Missing::kB);
   } else if (down_.lora_columns() > 0) {
-    const at::Tensor gated = in_place ? down.dx : pass.scratch.Get(Scratch::kGated, tokens, ffn);
+    const at::Tensor gated = InPlace() ? down.dx : pass.scratch.Get(Scratch::kGated, tokens, config_.intermediate_size);
     kernels_.SwiGluBackwardAndGated(down.dx, saved.gate_up, gated);
-    adapters_of(down_, down, dhidden, gated, saved.down_lora);
+    AdapterGradients(down_, down, dhidden, gated, saved.down_lora);
   } else {
     kernels_.SwiGluBackward(down.dx, saved.gate_up, dgate_up);
   }
-  const Step gate_up = input_of(gate_up_, dgate_up, true);
-  adapters_of(gate_up_, gate_up, dgate_up, through_norm(gate_up_, gate_up, saved.middle, saved.middle_rstd, middle_norm_, true), saved.gate_up_lora,
-              summed ? LoraLinear::Missing::kA : LoraLinear::Missing::kBoth);
+  const LinearGradient gate_up = InputGradient(pass, gate_up_, dgate_up, true);
+  const at::Tensor x2 = ThroughNorm(pass, gate_up_, gate_up, saved.middle, saved.middle_rstd, middle_norm_, dhidden, true);
+  AdapterGradients(gate_up_, gate_up, dgate_up, x2, saved.gate_up_lora, summed ? LoraLinear::Missing::kA : LoraLinear::Missing::kBoth);
+}
 
+void DecoderLayer::BackwardAttention(const LayerPass& pass, const LayerActivations& saved, const at::Tensor& dhidden, bool input_gradient) {
+  const int64_t tokens = dhidden.size(0);
   const at::Tensor attention = saved.attention.narrow(1, 0, heads_.q_size());
   // The gradients of q, k and v, apart, lie behind attention's.
   const int64_t o_columns = o_.in() + o_.lora_columns();
@@ -231,20 +204,50 @@ void DecoderLayer::Backward(const LayerPass& pass, const LayerActivations& saved
     const at::Tensor both = pass.scratch.Get(Scratch::kGradient, tokens, o_columns + heads_.row_size()).view({-1});
     block = both.narrow(0, tokens * o_columns, tokens * heads_.row_size()).view({tokens, heads_.row_size()});
   }
-  const Step o = input_of(o_, dhidden, true);
-  adapters_of(o_, o, dhidden, attention, saved.attention.narrow(1, heads_.q_size(), o_.lora_columns()));
+  const LinearGradient o = InputGradient(pass, o_, dhidden, true);
+  AdapterGradients(o_, o, dhidden, attention, saved.attention.narrow(1, heads_.q_size(), o_.lora_columns()));
   const at::Tensor dqkv = pass.scratch.Get(Scratch::kQkvGradient, tokens, heads_.row_size() + qkv_.gradient_columns()).narrow(1, 0, heads_.row_size());
   const MicrobatchTensors& microbatch = pass.microbatch;
   if (block.defined()) {
     const QkvParts gradients = PartsOf(block, heads_);
-    kernels_.AttentionBackwardOfParts(o.dx, PartsOf(saved.qkv, heads_), heads_, microbatch.documents, attention, saved.lse, gradients, /*room=*/dgate_up);
+    kernels_.AttentionBackwardOfParts(o.dx, PartsOf(saved.qkv, heads_), heads_, microbatch.documents, attention, saved.lse, gradients,
+                                      /*room=*/saved.gate_up);
     kernels_.RopeFromParts(gradients, heads_, pass.rope.cos(), pass.rope.sin(), microbatch.position, dqkv);
   } else {
     kernels_.AttentionBackward(o.dx, saved.qkv, heads_, microbatch.documents, attention, saved.lse, dqkv);
     kernels_.Rope(dqkv, heads_, pass.rope.cos(), pass.rope.sin(), microbatch.position, /*inverse=*/true);
   }
-  const Step qkv = input_of(qkv_, dqkv, input_gradient);
-  adapters_of(qkv_, qkv, dqkv, through_norm(qkv_, qkv, saved.hidden, saved.hidden_rstd, input_norm_, input_gradient), saved.qkv_lora);
+  const LinearGradient qkv = InputGradient(pass, qkv_, dqkv, input_gradient);
+  const at::Tensor x1 = ThroughNorm(pass, qkv_, qkv, saved.hidden, saved.hidden_rstd, input_norm_, dhidden, input_gradient);
+  AdapterGradients(qkv_, qkv, dqkv, x1, saved.qkv_lora);
+}
+
+DecoderLayer::LinearGradient DecoderLayer::InputGradient(const LayerPass& pass, LoraLinear& layer, const at::Tensor& dy, bool dx_needed) {
+  LinearGradient gradient;
+  gradient.dropout = DropoutOf(pass, layer);
+  gradient.dropped = DroppedBuffer(pass, gradient.dropout, dy.size(0), layer.in());
+  const at::Tensor dx = pass.scratch.Get(Scratch::kGradient, dy.size(0), layer.in() + layer.lora_columns());
+  gradient.d = layer.InputGradient(dy, dx, dx_needed, gradient.dropout, gradient.dropped);
+  gradient.dx = dx.narrow(1, 0, layer.in());
+  return gradient;
+}
+
+void DecoderLayer::AdapterGradients(LoraLinear& layer, const LinearGradient& gradient, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora,
+                                    LoraLinear::Missing missing) {
+  layer.AdapterGradients(dy, x, lora, gradient.d, gradient.dropout, gradient.dropped, missing);
+}
+
+at::Tensor DecoderLayer::ThroughNorm(const LayerPass& pass, const LoraLinear& layer, const LinearGradient& gradient, const at::Tensor& x,
+                                     const at::Tensor& rstd, const at::Tensor& weight, const at::Tensor& dhidden, bool dx_needed) {
+  const at::Tensor normed = InPlace() ? gradient.dx : pass.scratch.Get(Scratch::kNormed, dhidden.size(0), config_.hidden_size);
+  if (layer.lora_columns() == 0) {
+    if (dx_needed) kernels_.RmsNormBackward(gradient.dx, x, rstd, weight, dhidden);
+  } else if (dx_needed) {
+    kernels_.RmsNormBackwardAndNormed(gradient.dx, x, rstd, weight, dhidden, normed);
+  } else {
+    kernels_.ApplyRmsNorm(x, rstd, weight, normed);
+  }
+  return normed;
 }
 
 }  // namespace ppft::trainer

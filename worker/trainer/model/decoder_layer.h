@@ -1,4 +1,5 @@
-// One Llama decoder layer: RMSNorm, attention with RoPE and grouped-query heads, RMSNorm, SwiGLU MLP; seven linears as four LoraLinear.
+// One Llama decoder layer: RMSNorm, attention with RoPE and grouped-query heads (GQA, 2305.13245), RMSNorm, SwiGLU MLP; seven linears as four
+// LoraLinear.
 //
 // The residual stream enters as base + delta and leaves the same way, so that the addition happens inside the next norm. Shapes: T = tokens, hidden.
 // Thread: one at a time.
@@ -70,6 +71,24 @@ class DecoderLayer {
   at::Tensor ForwardToDown(const LayerPass& pass, const at::Tensor& base, const at::Tensor& delta, const LayerActivations& saved);
   at::Tensor Gate(const LayerPass& pass, const at::Tensor& x, const LayerActivations& saved);
   void Apply(const LayerPass& pass, LoraLinear& layer, const at::Tensor& x, const at::Tensor& y);
+  // Through down, SwiGLU, gate and up and their norm; saved.gate_up becomes its gradient.
+  void BackwardMlp(const LayerPass& pass, const LayerActivations& saved, const at::Tensor& dhidden);
+  // Through o, attention, RoPE, q, k and v and their norm; overwrites saved.gate_up.
+  void BackwardAttention(const LayerPass& pass, const LayerActivations& saved, const at::Tensor& dhidden, bool input_gradient);
+  // Of one linear, on the way back through it.
+  struct LinearGradient {
+    at::Tensor dx;  // of its input: rows [T, in] of scratch kGradient
+    at::Tensor d;   // [T, R], for the adapters' gradients
+    std::vector<DropoutSequence> dropout;
+    at::Tensor dropped;
+  };
+  LinearGradient InputGradient(const LayerPass& pass, LoraLinear& layer, const at::Tensor& dy, bool dx_needed);
+  static void AdapterGradients(LoraLinear& layer, const LinearGradient& gradient, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora,
+                               LoraLinear::Missing missing = LoraLinear::Missing::kBoth);
+  // Through a norm that feeds `layer`: adds to dhidden and gives the norm's output again.
+  at::Tensor ThroughNorm(const LayerPass& pass, const LoraLinear& layer, const LinearGradient& gradient, const at::Tensor& x, const at::Tensor& rstd,
+                         const at::Tensor& weight, const at::Tensor& dhidden, bool dx_needed);
+  bool InPlace() const { return kernels_.wants_parts(); }  // the input of a linear, made again, takes the place of its gradient
   std::vector<DropoutSequence> DropoutOf(const LayerPass& pass, const LoraLinear& linear) const;
   at::Tensor DroppedBuffer(const LayerPass& pass, const std::vector<DropoutSequence>& dropout, int64_t rows, int64_t columns) const;
 

@@ -56,17 +56,10 @@ void FillDropoutRows(uint64_t seed, const MicrobatchInput& input, int64_t rows, 
   std::fill(words + row * kDropoutWords, words + rows * kDropoutWords, 0);
 }
 
-// [count] of `type` at a byte of the block.
-at::Tensor ViewOf(const at::Tensor& block, int64_t offset, int64_t count, at::ScalarType type) {
-  return block.narrow(0, offset, count * static_cast<int64_t>(c10::elementSize(type))).view(type);
-}
+int64_t RealTargets(const MicrobatchInput& input) { return input.target_rows.defined() ? input.target_rows.numel() : 0; }
 
-}  // namespace
-
-int64_t PaddedTokens(const MicrobatchLayout& layout, const MicrobatchInput& input) { return RoundUp(input.cu_seqlens.back(), layout.multiple); }
-
-bool FillMicrobatch(const MicrobatchLayout& layout, const Kernels& kernels, const MicrobatchInput& input, int64_t capacity, MicrobatchTensors* tensors) {
-  MicrobatchTensors& t = *tensors;
+// What the passes depend on besides the numbers themselves.
+void SetSizes(const MicrobatchLayout& layout, const MicrobatchInput& input, MicrobatchTensors& t) {
   t.real_tokens = input.cu_seqlens.back();
   t.tokens = RoundUp(t.real_tokens, layout.multiple);
   t.training = input.training;
@@ -82,22 +75,18 @@ bool FillMicrobatch(const MicrobatchLayout& layout, const Kernels& kernels, cons
   t.document_capacity = static_cast<int64_t>(std::bit_ceil(documents));
   t.uniform = documents * longest == static_cast<uint64_t>(t.tokens) ? static_cast<int64_t>(longest) : 0;
   t.longest = static_cast<int64_t>(std::bit_ceil(std::max(longest, kLeastLongest)));
-  const int64_t real_targets = input.target_rows.defined() ? input.target_rows.numel() : 0;
-  t.targets = RoundUp(real_targets, layout.multiple);
+  t.targets = RoundUp(RealTargets(input), layout.multiple);
+}
 
-  const std::vector<int32_t> table = kernels.DocumentTable(cu, layout.heads, layout.out_stride);
-  const int64_t table_bytes = static_cast<int64_t>(table.size() * sizeof(int32_t));
-  capacity = std::max({capacity, t.tokens, t.targets});
-  const Offsets at(capacity, layout.dropout);
-  const bool on_device = !layout.device.is_cpu();
-  const at::Tensor staging = at::empty({at.table + table_bytes}, at::TensorOptions(at::kChar).pinned_memory(on_device));
-  char* const bytes = static_cast<char*>(staging.data_ptr());
+// The numbers of a block, but for the table.
+void FillNumbers(const MicrobatchLayout& layout, const MicrobatchInput& input, const MicrobatchTensors& t, const Offsets& at, char* bytes) {
   const auto words = [&](int64_t offset) { return reinterpret_cast<int32_t*>(bytes + offset); };
   const auto longs = [&](int64_t offset) { return reinterpret_cast<int64_t*>(bytes + offset); };
+  const std::vector<int32_t>& cu = t.documents.cu_seqlens;
+  const int64_t real_targets = RealTargets(input);
   const float weight = static_cast<float>(input.loss_weight);
   std::memcpy(words(at.loss_weight), &weight, 4);
-  const bool drops = layout.dropout && input.training;
-  if (drops) FillDropoutRows(layout.seed, input, t.tokens, words(at.dropout_rows));
+  if (layout.dropout && input.training) FillDropoutRows(layout.seed, input, t.tokens, words(at.dropout_rows));
   for (size_t d = 0; d + 1 < cu.size(); ++d) {
     for (int32_t row = cu[d]; row < cu[d + 1]; ++row) words(at.position)[row] = row - cu[d];
   }
@@ -112,6 +101,28 @@ bool FillMicrobatch(const MicrobatchLayout& layout, const Kernels& kernels, cons
       if (i < real_targets) words(at.target_of)[rows[i]] = static_cast<int32_t>(i);
     }
   }
+}
+
+// [count] of `type` at a byte of the block.
+at::Tensor ViewOf(const at::Tensor& block, int64_t offset, int64_t count, at::ScalarType type) {
+  return block.narrow(0, offset, count * static_cast<int64_t>(c10::elementSize(type))).view(type);
+}
+
+}  // namespace
+
+int64_t PaddedTokens(const MicrobatchLayout& layout, const MicrobatchInput& input) { return RoundUp(input.cu_seqlens.back(), layout.multiple); }
+
+bool FillMicrobatch(const MicrobatchLayout& layout, const Kernels& kernels, const MicrobatchInput& input, int64_t capacity, MicrobatchTensors* tensors) {
+  MicrobatchTensors& t = *tensors;
+  SetSizes(layout, input, t);
+  const std::vector<int32_t> table = kernels.DocumentTable(t.documents.cu_seqlens, layout.heads, layout.out_stride);
+  const int64_t table_bytes = static_cast<int64_t>(table.size() * sizeof(int32_t));
+  capacity = std::max({capacity, t.tokens, t.targets});
+  const Offsets at(capacity, layout.dropout);
+  const bool on_device = !layout.device.is_cpu();
+  const at::Tensor staging = at::empty({at.table + table_bytes}, at::TensorOptions(at::kChar).pinned_memory(on_device));
+  char* const bytes = static_cast<char*>(staging.data_ptr());
+  FillNumbers(layout, input, t, at, bytes);
   if (table_bytes > 0) std::memcpy(bytes + at.table, table.data(), static_cast<size_t>(table_bytes));
 
   bool moved = false;
@@ -128,7 +139,8 @@ bool FillMicrobatch(const MicrobatchLayout& layout, const Kernels& kernels, cons
     t.documents.table = ViewOf(t.block, at.table, static_cast<int64_t>(table.size()), at::kInt);
   }
   t.position = ViewOf(t.block, at.position, t.tokens, at::kInt);
-  t.dropout_rows = drops ? ViewOf(t.block, at.dropout_rows, t.tokens * kDropoutWords, at::kInt).view({t.tokens, kDropoutWords}) : at::Tensor();
+  t.dropout_rows =
+      layout.dropout && input.training ? ViewOf(t.block, at.dropout_rows, t.tokens * kDropoutWords, at::kInt).view({t.tokens, kDropoutWords}) : at::Tensor();
   t.ids = input.ids.defined() ? ViewOf(t.block, at.ids, t.real_tokens, at::kLong) : at::Tensor();
   const bool has_targets = input.target_rows.defined();
   t.target_rows = has_targets ? ViewOf(t.block, at.target_rows, t.targets, at::kLong) : at::Tensor();
