@@ -77,4 +77,12 @@ absl::StatusOr<std::string> RouteAddress(const std::string& coordinator) {
   return std::string(text);
 }
 
+std::string MetricsAddress(const std::string& bound, const std::string& address) {
+  const absl::StatusOr<Address> parsed = ParseAddress(bound, "--metrics_listen");
+  if (!parsed.ok()) return bound;
+  in6_addr six;
+  const bool every = parsed->host == "0.0.0.0" || (inet_pton(AF_INET6, parsed->host.c_str(), &six) == 1 && IN6_IS_ADDR_UNSPECIFIED(&six));
+  return every ? FormatAddress(address, parsed->port) : bound;
+}
+
 }  // namespace ppft::agent

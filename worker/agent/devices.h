@@ -16,4 +16,7 @@ absl::StatusOr<std::vector<v1::Device>> OfferDevices(const std::string& flag, in
 // The local address of the route to `coordinator` (HOST:PORT): where peers of other hosts can reach this one.
 absl::StatusOr<std::string> RouteAddress(const std::string& coordinator);
 
+// Where others reach /metrics: `bound` (HOST:PORT), but where that is every address of this host, the port at `address`, by which they reach the trainers.
+std::string MetricsAddress(const std::string& bound, const std::string& address);
+
 }  // namespace ppft::agent

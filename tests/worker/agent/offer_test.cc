@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/base/files.h"
+#include "worker/agent/devices.h"
 
 namespace ppft::agent {
 namespace {
@@ -68,8 +69,9 @@ TEST_F(OfferTest, WhatTheHostLacksIsAProblemAndNotAnEnd) {
 
 TEST_F(OfferTest, ADeviceWithTooLittleMemoryIsNamed) {
   const auto offer = OfferHost("cuda:all", 0,
-                               Trainer(R"(echo '{"torch":"LibTorch","nccl":"2.28.9","devices":[{"index":0,"name":"small","memory_bytes":1073741824},)"
-                                       R"({"index":1,"name":"large","memory_bytes":17179869184}]}')"));
+                               Trainer(R"(echo '{"torch":"LibTorch","nccl":"2.28.9","devices":[)"
+                                       R"({"index":0,"name":"small","memory_bytes":1073741824,"compute_capability":"9.0"},)"
+                                       R"({"index":1,"name":"large","memory_bytes":17179869184,"compute_capability":"9.0"}]}')"));
   ASSERT_TRUE(offer.ok()) << offer.status();
   EXPECT_EQ(offer->devices.size(), 2u);
   EXPECT_EQ(offer->nccl, "2.28.9");
@@ -78,6 +80,15 @@ TEST_F(OfferTest, ADeviceWithTooLittleMemoryIsNamed) {
 
 TEST_F(OfferTest, FlagsThatMakeNoSenseAreRefused) {
   for (const char* flag : {"cpu", "cpu:0", "cuda:x", "tpu:1"}) EXPECT_TRUE(absl::IsInvalidArgument(OfferHost(flag, 0, Trainer("")).status())) << flag;
+}
+
+TEST(MetricsAddressTest, WhatIsBoundToEveryAddressIsReachedWhereTheTrainersAre) {
+  EXPECT_EQ(MetricsAddress("127.0.0.1:9100", "10.0.0.5"), "127.0.0.1:9100");
+  EXPECT_EQ(MetricsAddress("[fd00::1]:9100", "fd00::2"), "[fd00::1]:9100");
+  EXPECT_EQ(MetricsAddress("0.0.0.0:9100", "10.0.0.5"), "10.0.0.5:9100");
+  EXPECT_EQ(MetricsAddress("[::]:9100", "10.0.0.5"), "10.0.0.5:9100");
+  EXPECT_EQ(MetricsAddress("[0::0]:9100", "gpu-1"), "gpu-1:9100");
+  EXPECT_EQ(MetricsAddress("[::]:9100", "fd00::2"), "[fd00::2]:9100");
 }
 
 }  // namespace
