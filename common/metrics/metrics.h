@@ -20,7 +20,8 @@ namespace ppft::metrics {
 // Serves GET /metrics (text format 0.0.4) and, if given, GET /sd: Prometheus's HTTP service discovery document.
 class HttpServer {
  public:
-  // `listen` is HOST:PORT, port 0 = any. ALREADY_EXISTS if the port is in use.
+  // `listen` is HOST:PORT, port 0 = any. INVALID_ARGUMENT if it is not; UNAVAILABLE if the port is in use or the address not of this host. The messages name
+  // --metrics_listen.
   static absl::StatusOr<std::unique_ptr<HttpServer>> Start(const std::string& listen, std::shared_ptr<prometheus::Registry> registry,
                                                            std::function<std::string()> service_discovery = nullptr);
   ~HttpServer();

@@ -113,13 +113,17 @@ TEST(CoordinatorMetricsTest, PromtoolFindsNothingWrong) {
   }
 }
 
-TEST(HttpServerTest, APortInUseIsASentence) {
+TEST(HttpServerTest, AnAddressThatCannotBeHadIsASentence) {
   CoordinatorMetrics metrics("1");
   auto first = HttpServer::Start("127.0.0.1:0", metrics.registry());
   ASSERT_TRUE(first.ok());
   const auto second = HttpServer::Start((*first)->address(), metrics.registry());
   EXPECT_THAT(std::string(second.status().message()), HasSubstr("--metrics_listen"));
-  EXPECT_FALSE(HttpServer::Start("nonsense", metrics.registry()).ok());
+  EXPECT_TRUE(absl::IsUnavailable(second.status())) << second.status();
+  const absl::Status elsewhere = HttpServer::Start("192.0.2.1:0", metrics.registry()).status();  // of no host
+  EXPECT_TRUE(absl::IsUnavailable(elsewhere)) << elsewhere;
+  const absl::Status nonsense = HttpServer::Start("nonsense", metrics.registry()).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(nonsense)) << nonsense;
 }
 
 }  // namespace
