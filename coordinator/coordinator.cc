@@ -112,12 +112,15 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(const Coordinato
   absl::StatusOr<std::unique_ptr<JobStore>> store = OpenSqliteJobStore(options.data_dir);
   if (absl::IsResourceExhausted(store.status()) && DiskGuard::RemoveBallast(options.data_dir)) store = OpenSqliteJobStore(options.data_dir);
   PPFT_RETURN_IF_ERROR(store.status());
+  coordinator->metrics_ = std::make_unique<metrics::CoordinatorMetrics>(options.version);
   ArtifactsOptions artifacts;
   artifacts.data_dir = options.data_dir;
   artifacts.model_roots = options.model_roots;
   artifacts.prepare_binary = options.prepare_binary;
+  artifacts.count_bytes = [metrics = coordinator->metrics_.get()](const char* direction, int64_t bytes) {
+    metrics->AddArtifactBytes(direction, static_cast<double>(bytes));
+  };
   PPFT_ASSIGN_OR_RETURN(coordinator->artifacts_, Artifacts::Open(artifacts));
-  coordinator->metrics_ = std::make_unique<metrics::CoordinatorMetrics>(options.version);
   auto planner = std::make_shared<JobPlanner>();
   const auto plan = [planner](const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices, const std::string& kind) {
     return planner->Plan(record, model, devices, kind);

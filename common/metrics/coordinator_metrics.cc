@@ -71,6 +71,7 @@ CoordinatorMetrics::CoordinatorMetrics(const std::string& version) : impl_(std::
   GaugeFamily(*impl_->registry, "ppft_build_info", "1, with the version as a label").Add({{"version", version}, {"component", "coordinator"}}).Set(1);
   impl_->workers.At({{"state", "ready"}}).Set(0);
   impl_->workers.At({{"state", "lost"}}).Set(0);
+  for (const char* direction : {"upload", "download"}) impl_->artifact_bytes.At({{"direction", direction}});
 }
 CoordinatorMetrics::~CoordinatorMetrics() = default;
 std::shared_ptr<prometheus::Registry> CoordinatorMetrics::registry() const { return impl_->registry; }

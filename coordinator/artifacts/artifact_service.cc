@@ -140,7 +140,7 @@ grpc::Status ArtifactServiceImpl::Download(grpc::ServerContext* context, const v
   if (!status.ok()) return Reply(status);
   const auto range = OpenBlobRange(*blobs_, request->sha256());
   if (!range.ok()) return Reply(range.status());
-  return Reply(SendRange(*range, request->offset(), context, writer));
+  return Reply(SendRange(*range, request->offset(), context, writer, count_));
 }
 
 grpc::Status ArtifactServiceImpl::CreateAdapter(grpc::ServerContext*, const v1::CreateAdapterRequest* request, v1::ArtifactManifest* response) {

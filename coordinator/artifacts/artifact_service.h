@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "coordinator/artifacts/blob_store.h"
+#include "coordinator/artifacts/file_streams.h"
 #include "coordinator/controller.h"
 #include "ppft/v1/artifact.grpc.pb.h"
 
@@ -19,7 +20,8 @@ using JobLookup = std::function<absl::StatusOr<v1::Job>(JobStore& store, const s
 
 class ArtifactServiceImpl : public v1::ArtifactService::Service {
  public:
-  ArtifactServiceImpl(BlobStore* blobs, Controller* controller, JobLookup find_job) : blobs_(blobs), controller_(controller), find_job_(std::move(find_job)) {}
+  ArtifactServiceImpl(BlobStore* blobs, Controller* controller, JobLookup find_job, CountBytes count)
+      : blobs_(blobs), controller_(controller), find_job_(std::move(find_job)), count_(std::move(count)) {}
   grpc::Status ListCheckpoints(grpc::ServerContext* context, const v1::ListCheckpointsRequest* request, v1::ListCheckpointsResponse* response) override;
   grpc::Status ListArtifacts(grpc::ServerContext* context, const v1::ListArtifactsRequest* request, v1::ListArtifactsResponse* response) override;
   grpc::Status GetManifest(grpc::ServerContext* context, const v1::GetManifestRequest* request, v1::ArtifactManifest* response) override;
@@ -34,6 +36,7 @@ class ArtifactServiceImpl : public v1::ArtifactService::Service {
   BlobStore* const blobs_;
   Controller* const controller_;
   const JobLookup find_job_;
+  const CountBytes count_;
 };
 
 }  // namespace ppft::coordinator

@@ -49,12 +49,12 @@ class ArtifactWork : public JobWork {
 }  // namespace
 
 struct Artifacts::Parts {
-  Parts(BlobStore* blobs, PrepareRunner* prepare, ModelRegistry* models, Controller* controller, JobLookup find_job)
-      : blob_service(blobs, controller),
+  Parts(BlobStore* blobs, PrepareRunner* prepare, ModelRegistry* models, Controller* controller, JobLookup find_job, const CountBytes& count)
+      : blob_service(blobs, controller, count),
         dataset_service(blobs, prepare, controller),
         model_service(models, controller),
-        artifact_service(blobs, controller, std::move(find_job)),
-        worker_files(blobs, models, controller) {}
+        artifact_service(blobs, controller, std::move(find_job), count),
+        worker_files(blobs, models, controller, count) {}
 
   BlobServiceImpl blob_service;
   DatasetServiceImpl dataset_service;
@@ -69,6 +69,7 @@ Artifacts::~Artifacts() = default;
 absl::StatusOr<std::unique_ptr<Artifacts>> Artifacts::Open(const ArtifactsOptions& options) {
   std::unique_ptr<Artifacts> out(new Artifacts());
   out->sweep_limits_ = options.sweep;
+  out->count_bytes_ = options.count_bytes;
   PPFT_RETURN_IF_ERROR(MakeDirs(options.data_dir));
   std::error_code error;
   // Paths below are compared and stored: one spelling for all of them.
@@ -85,7 +86,7 @@ absl::StatusOr<std::unique_ptr<Artifacts>> Artifacts::Open(const ArtifactsOption
 
 absl::Status Artifacts::Attach(Controller* controller, std::function<absl::StatusOr<v1::Job>(JobStore& store, const std::string& id_or_name)> find_job) {
   PPFT_RETURN_IF_ERROR(models_->Load(*controller));
-  parts_ = std::make_unique<Parts>(blobs_.get(), prepare_.get(), models_.get(), controller, std::move(find_job));
+  parts_ = std::make_unique<Parts>(blobs_.get(), prepare_.get(), models_.get(), controller, std::move(find_job), count_bytes_);
   sweep_ = std::make_unique<BlobSweep>(blobs_.get(), controller, sweep_limits_);
   return absl::OkStatus();
 }

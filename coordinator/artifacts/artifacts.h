@@ -19,6 +19,7 @@
 #include "coordinator/artifacts/blob_store.h"
 #include "coordinator/artifacts/blob_sweep.h"
 #include "coordinator/artifacts/disk_guard.h"
+#include "coordinator/artifacts/file_streams.h"
 #include "coordinator/artifacts/model_registry.h"
 #include "coordinator/artifacts/prepare_runner.h"
 #include "coordinator/controller.h"
@@ -33,6 +34,7 @@ struct ArtifactsOptions {
   std::string prepare_binary;  // path of ppft-prepare
   int64_t reserve_bytes = BlobStore::kReserveBytes;
   SweepLimits sweep;
+  CountBytes count_bytes = [](const char*, int64_t) {};
 };
 
 class Artifacts {
@@ -67,6 +69,7 @@ class Artifacts {
   Artifacts();
 
   SweepLimits sweep_limits_;
+  CountBytes count_bytes_;
   std::unique_ptr<BlobStore> blobs_;
   std::unique_ptr<DiskGuard> disk_;  // of the controller's thread, through work_
   std::unique_ptr<PrepareRunner> prepare_;

@@ -21,7 +21,7 @@ grpc::Status BlobServiceImpl::UploadBlob(grpc::ServerContext* context, grpc::Ser
   const v1::UploadBlobRequest::Header header = request.header();
   auto upload = blobs_->StartUpload(header.sha256(), header.sha256(), header.size_bytes(), header.offset());
   if (!upload.ok()) return Reply(upload.status());
-  absl::Status status = Receive(**upload, DataOf(context, reader, &request));
+  absl::Status status = Receive(**upload, DataOf(context, reader, &request), count_);
   if (!status.ok()) return Reply(status);
   v1::FileRef file;
   file.set_sha256(header.sha256());

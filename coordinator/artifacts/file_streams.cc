@@ -21,7 +21,8 @@ absl::StatusOr<FileRange> OpenBlobRange(const BlobStore& blobs, const std::strin
   return range;
 }
 
-absl::Status SendRange(const FileRange& range, int64_t offset, grpc::ServerContext* context, grpc::ServerWriter<v1::FileChunk>* writer) {
+absl::Status SendRange(const FileRange& range, int64_t offset, grpc::ServerContext* context, grpc::ServerWriter<v1::FileChunk>* writer,
+                       const CountBytes& count) {
   if (offset < 0 || offset > range.size_bytes)
     return absl::OutOfRangeError(absl::StrCat("offset ", offset, " is not in the file of ", range.size_bytes, " bytes"));
   v1::FileChunk chunk;
@@ -36,18 +37,20 @@ absl::Status SendRange(const FileRange& range, int64_t offset, grpc::ServerConte
     data->resize(static_cast<size_t>(got));
     chunk.set_offset(at);
     if (context->IsCancelled() || !writer->Write(chunk)) return absl::CancelledError("the client has gone");
+    count("download", got);
     at += got;
   }
   return absl::OkStatus();
 }
 
-absl::Status Receive(BlobStore::Upload& upload, const std::function<absl::StatusOr<const std::string*>()>& next) {
+absl::Status Receive(BlobStore::Upload& upload, const std::function<absl::StatusOr<const std::string*>()>& next, const CountBytes& count) {
   while (!upload.complete()) {
     PPFT_ASSIGN_OR_RETURN(const std::string* data, next());
     if (data == nullptr) break;
     if (static_cast<int64_t>(data->size()) > kMaxChunkBytes)
       return absl::InvalidArgumentError(absl::StrCat("a chunk may have at most ", kMaxChunkBytes, " bytes"));
     PPFT_RETURN_IF_ERROR(upload.Append(*data));
+    count("upload", static_cast<int64_t>(data->size()));
   }
   return upload.Commit();
 }

@@ -16,15 +16,19 @@
 
 namespace ppft::coordinator {
 
+// Is told of bytes as they move; `direction`: upload | download. From any thread.
+using CountBytes = std::function<void(const char* direction, int64_t bytes)>;
+
 // The whole blob as a range.
 absl::StatusOr<FileRange> OpenBlobRange(const BlobStore& blobs, const std::string& sha256);
 
 // Sends the range from `offset` (within the range) to its end. CANCELLED when the client has gone; OUT_OF_RANGE for an offset that is not there.
-absl::Status SendRange(const FileRange& range, int64_t offset, grpc::ServerContext* context, grpc::ServerWriter<v1::FileChunk>* writer);
+absl::Status SendRange(const FileRange& range, int64_t offset, grpc::ServerContext* context, grpc::ServerWriter<v1::FileChunk>* writer,
+                       const CountBytes& count);
 
 // Appends what `next` gives, the next message's data or nullptr at the end of the stream, and commits. INVALID_ARGUMENT for a chunk that is too large;
 // else what `next` and the upload say.
-absl::Status Receive(BlobStore::Upload& upload, const std::function<absl::StatusOr<const std::string*>()>& next);
+absl::Status Receive(BlobStore::Upload& upload, const std::function<absl::StatusOr<const std::string*>()>& next, const CountBytes& count);
 
 // For Receive: the data of the messages behind a stream's header, read into `request`. CANCELLED when the client has gone.
 template <typename Request>

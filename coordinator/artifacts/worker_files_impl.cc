@@ -33,7 +33,7 @@ grpc::Status WorkerFilesImpl::FetchFile(grpc::ServerContext* context, const v1::
     }
   }
   if (!range.ok()) return Reply(range.status());
-  return Reply(SendRange(*range, request->offset(), context, writer));
+  return Reply(SendRange(*range, request->offset(), context, writer, count_));
 }
 
 grpc::Status WorkerFilesImpl::PutFile(grpc::ServerContext* context, grpc::ServerReader<v1::PutFileRequest>* reader, v1::PutFileResponse* response) {
@@ -46,7 +46,7 @@ grpc::Status WorkerFilesImpl::PutFile(grpc::ServerContext* context, grpc::Server
     absl::Status received;
     {
       PPFT_ASSIGN_OR_RETURN(const auto upload, blobs_->StartUpload(key, header.file().sha256(), header.file().size_bytes(), header.offset()));
-      received = Receive(*upload, DataOf(context, reader, &request));
+      received = Receive(*upload, DataOf(context, reader, &request), count_);
       // Agents begin again at the start: what is left of this try only takes room.
       if (!received.ok()) blobs_->DropPartial(key);
     }

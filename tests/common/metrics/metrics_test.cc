@@ -40,6 +40,7 @@ TEST(CoordinatorMetricsTest, SeriesAppearFollowTotalsAndGoWithTheJob) {
   CoordinatorMetrics metrics("1.2.3");
   auto server = HttpServer::Start("127.0.0.1:0", metrics.registry(), [] { return std::string("[]"); });
   ASSERT_TRUE(server.ok()) << server.status();
+  EXPECT_THAT(Get((*server)->address(), "/metrics"), HasSubstr("ppft_artifact_bytes_total{direction=\"download\"} 0"));
   metrics.SetJobState("job-a", "QUEUED");
   metrics.SetJobState("job-a", "RUNNING");
   metrics.FollowJobTokens("job-a", 100, 10);

@@ -130,6 +130,11 @@ TEST_F(ServicesTest, UploadedAdapterIsCheckedAndDownloadedByContent) {
     return finished.ok() ? bytes : absl::StrCat("code ", static_cast<int>(finished.error_code()));
   };
   EXPECT_EQ(download(manifest.id(), Sha256Hex(weights)), weights);
+  {
+    std::lock_guard<std::mutex> lock(moved_mutex_);
+    EXPECT_EQ(moved_["upload"], static_cast<int64_t>(text.size() + weights.size()));
+    EXPECT_EQ(moved_["download"], static_cast<int64_t>(weights.size()));
+  }
   ASSERT_TRUE(Upload("a secret").ok());
   EXPECT_EQ(download(manifest.id(), Sha256Hex("a secret")), "code 5");  // not a file of this artifact
 

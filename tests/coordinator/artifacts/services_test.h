@@ -5,7 +5,9 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "absl/strings/str_cat.h"
@@ -59,6 +61,10 @@ class ServicesTest : public ::testing::Test {
     options.data_dir = JoinPath(dir_, "data");
     options.model_roots = {JoinPath(dir_, "root")};
     options.prepare_binary = PPFT_PREPARE;
+    options.count_bytes = [this](const char* direction, int64_t bytes) {
+      std::lock_guard<std::mutex> lock(moved_mutex_);
+      moved_[direction] += bytes;
+    };
     auto artifacts = Artifacts::Open(options);
     ASSERT_TRUE(artifacts.ok()) << artifacts.status();
     artifacts_ = std::move(*artifacts);
@@ -162,6 +168,8 @@ class ServicesTest : public ::testing::Test {
 
   std::string dir_;
   int counter_ = 0;
+  std::mutex moved_mutex_;
+  std::map<std::string, int64_t> moved_;  // bytes by direction; guarded by moved_mutex_
   std::unique_ptr<InlineController> controller_;
   std::unique_ptr<Artifacts> artifacts_;
   std::unique_ptr<WorkerFace> worker_face_;
