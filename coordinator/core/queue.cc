@@ -1,12 +1,16 @@
 #include "coordinator/core/queue.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <iterator>
+#include <set>
 #include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
+#include "common/base/format.h"
 #include "coordinator/core/job_state.h"
 #include "coordinator/core/retry.h"
 
@@ -21,6 +25,13 @@ void TakeDevices(const v1::Plan& plan, std::vector<OfferedDevice>& free) {
   }
 }
 
+template <typename Predicate>
+std::vector<OfferedDevice> Those(const std::vector<OfferedDevice>& devices, const Predicate& predicate) {
+  std::vector<OfferedDevice> matching;
+  std::copy_if(devices.begin(), devices.end(), std::back_inserter(matching), predicate);
+  return matching;
+}
+
 std::vector<OfferedDevice> Without(const std::vector<OfferedDevice>& devices, const std::vector<std::string>& workers) {
   std::vector<OfferedDevice> left;
   for (const OfferedDevice& device : devices) {
@@ -30,9 +41,7 @@ std::vector<OfferedDevice> Without(const std::vector<OfferedDevice>& devices, co
 }
 
 std::vector<OfferedDevice> OfKind(const std::vector<OfferedDevice>& devices, const std::string& kind) {
-  std::vector<OfferedDevice> matching;
-  std::copy_if(devices.begin(), devices.end(), std::back_inserter(matching), [&](const OfferedDevice& device) { return device.device.kind() == kind; });
-  return matching;
+  return Those(devices, [&](const OfferedDevice& device) { return device.device.kind() == kind; });
 }
 
 bool RanOnCuda(const v1::JobRecord& record) {
@@ -47,9 +56,48 @@ std::string ShownKind(const std::string& kind, const std::vector<OfferedDevice>&
 
 std::string Devices(int count, const std::string& shown) { return absl::StrCat(count, shown.empty() ? "" : " ", shown, count == 1 ? " device" : " devices"); }
 
-// "1 free" of the kind; beside those that are leased where there may be free devices that the job does not take.
-std::string Free(const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all, const std::string& shown) {
-  return shown.empty() ? absl::StrCat(free.size(), " free") : absl::StrCat(free.size(), " of ", all.size(), " free");
+// Unknown memory counts as enough.
+int64_t MemoryOf(const OfferedDevice& device) { return device.device.memory_bytes() > 0 ? device.device.memory_bytes() : INT64_MAX; }
+
+// The least that the job needs of `all`, on which `whole` is a plan: as many devices with so much memory. The planner spends more where it may: it merges
+// micro-batches or recomputes less on larger devices.
+struct Need {
+  int devices = 0;
+  int64_t memory_bytes = 0;  // of the smallest device that can be one of them; what a rank takes if that is not known
+};
+
+Need LeastNeed(const v1::JobRecord& record, const std::vector<OfferedDevice>& all, const std::string& kind, const PlanFunction& plan, PlanAttempt whole) {
+  std::set<int64_t> sizes;
+  for (const OfferedDevice& device : all) sizes.insert(MemoryOf(device));
+  const std::vector<int64_t> ascending(sizes.begin(), sizes.end());
+  // The first size such that the devices of up to it suffice.
+  size_t low = 0, high = ascending.empty() ? 0 : ascending.size() - 1;
+  while (low < high) {
+    const size_t middle = (low + high) / 2;
+    PlanAttempt attempt = plan(record, Those(all, [&](const OfferedDevice& device) { return MemoryOf(device) <= ascending[middle]; }), kind);
+    if (attempt.plan.has_value()) {
+      whole = std::move(attempt);
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  int64_t bytes = 0;
+  for (const v1::RankPlan& rank : whole.plan->ranks()) bytes = std::max(bytes, rank.peak_bytes());
+  const auto smallest = std::lower_bound(ascending.begin(), ascending.end(), bytes);
+  return {std::max(whole.devices_needed, 1), smallest == ascending.end() || *smallest == INT64_MAX ? bytes : *smallest};
+}
+
+// "waits for 2 devices, 1 free", of those that the job could take: "waits for 1 cuda device of 79.6 GiB or more, 0 of 1 such free (3 are too small)". Beside
+// those that are leased where there may be free devices that the job does not take.
+std::string WaitsText(const Need& need, const std::vector<OfferedDevice>& free, const std::vector<OfferedDevice>& all, const std::string& shown) {
+  const auto large = [&](const OfferedDevice& device) { return MemoryOf(device) >= need.memory_bytes; };
+  const size_t usable = Those(all, large).size(), too_small = all.size() - usable, usable_free = Those(free, large).size();
+  std::string text = absl::StrCat("waits for ", Devices(need.devices, shown));
+  if (too_small > 0) absl::StrAppend(&text, " of ", FormatBytes(need.memory_bytes), " or more", need.devices > 1 ? " each" : "");
+  absl::StrAppend(&text, ", ", usable_free, shown.empty() && too_small == 0 ? "" : absl::StrCat(" of ", usable), too_small > 0 ? " such" : "", " free");
+  if (too_small > 0) absl::StrAppend(&text, " (", too_small, too_small == 1 ? " is" : " are", " too small)");
+  return text;
 }
 
 std::string TimeText(int64_t unix_ms) { return absl::FormatTime("%Y-%m-%d %H:%M:%S UTC", absl::FromUnixMillis(unix_ms), absl::UTCTimeZone()); }
@@ -107,9 +155,10 @@ void Place(const v1::JobRecord& record, const std::vector<OfferedDevice>& free, 
   }
   decision.position = position + 1;
   if (later.plan.has_value()) {
-    const int needed = std::max({now.devices_needed, later.devices_needed, 1});
-    decision.reason =
-        MakeReason("QUEUED", absl::StrCat("waits for ", Devices(needed, shown), ", ", Free(free, all, shown), "; position ", decision.position, note));
+    const std::vector<std::string> left_out = elsewhere ? excluded : std::vector<std::string>();
+    const std::vector<OfferedDevice> usable = Without(all, left_out);
+    const Need need = LeastNeed(record, usable, kind, plan, std::move(later));
+    decision.reason = MakeReason("QUEUED", absl::StrCat(WaitsText(need, Without(free, left_out), usable, shown), "; position ", decision.position, note));
     return;
   }
   const int needed = std::max(later.devices_needed, 1);

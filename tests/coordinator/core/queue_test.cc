@@ -236,6 +236,57 @@ TEST_F(Kinds, GpusThatAreAwayHoldNobodyUpWhoCanRun) {
   EXPECT_THAT(Decide({}, {}, away)[2], "NO_CAPACITY needs 1 device, the cluster has 0; position 3") << "what ran on CPU slots waits for them";
 }
 
+std::vector<OfferedDevice> Gpus(const std::vector<int>& gib) {
+  std::vector<OfferedDevice> devices = Devices(0, static_cast<int>(gib.size()), "cuda");
+  for (size_t i = 0; i < gib.size(); ++i) devices[i].device.set_memory_bytes(int64_t{gib[i]} << 30);
+  return devices;
+}
+
+// Takes devices of at least micro_batch_size GiB, and fills those that are three times as large.
+PlanAttempt TakeWithMemory(const v1::JobRecord& record, const std::vector<OfferedDevice>& devices, const std::string& kind) {
+  const int64_t least = int64_t{record.job().spec().training().micro_batch_size()} << 30;
+  for (const int64_t bytes : {3 * least, least}) {
+    std::vector<OfferedDevice> enough;
+    for (const OfferedDevice& device : devices) {
+      if (device.device.memory_bytes() == 0 || device.device.memory_bytes() >= bytes) enough.push_back(device);
+    }
+    PlanAttempt attempt = TakeAsAsked(record, enough, kind);
+    if (!attempt.plan.has_value()) continue;
+    for (v1::RankPlan& rank : *attempt.plan->mutable_ranks()) rank.set_peak_bytes(bytes);
+    return attempt;
+  }
+  return TakeAsAsked(record, {}, kind);
+}
+
+// What a job that waits for `num` devices of at least `gib` is told.
+std::string Waits(int num, int gib, const std::vector<OfferedDevice>& all, const std::vector<size_t>& free, const std::string& excluded = "") {
+  v1::JobRecord record;
+  record.mutable_job()->set_id("a");
+  record.mutable_job()->mutable_spec()->mutable_parallel()->set_pipeline_parallel_size(num);
+  record.mutable_job()->mutable_spec()->mutable_training()->set_micro_batch_size(gib);
+  if (!excluded.empty()) (*record.mutable_retry()->mutable_failures_by_worker())[excluded] = 2;
+  std::vector<OfferedDevice> idle;
+  for (const size_t i : free) idle.push_back(all[i]);
+  return DecideQueue({&record}, idle, all, {}, TakeWithMemory, 0).at(0).reason.message();
+}
+
+TEST(UnlikeDevices, AJobThatWaitsCountsThoseThatAreLargeEnoughForIt) {
+  const std::vector<OfferedDevice> all = Gpus({24, 24, 80, 24});
+  EXPECT_EQ(Waits(1, 30, all, {0}), "waits for 1 cuda device of 80.0 GiB or more, 0 of 1 such free (3 are too small); position 1");
+  EXPECT_EQ(Waits(2, 40, Gpus({80, 24, 80, 40}), {0, 1}), "waits for 2 cuda devices of 40.0 GiB or more each, 1 of 3 such free (1 is too small); position 1");
+  EXPECT_EQ(Waits(1, 20, all, {}), "waits for 1 cuda device, 0 of 4 free; position 1") << "a larger one would be filled, but a small one suffices";
+  EXPECT_EQ(Waits(4, 20, all, {0, 2}), "waits for 4 cuda devices, 2 of 4 free; position 1");
+  EXPECT_EQ(Waits(2, 30, Gpus({0, 24, 40}), {2}), "waits for 2 cuda devices of 40.0 GiB or more each, 1 of 2 such free (1 is too small); position 1")
+      << "unknown memory counts as enough";
+  EXPECT_EQ(Waits(1, 30, Gpus({0, 24}), {1}), "waits for 1 cuda device of 90.0 GiB or more, 0 of 1 such free (1 is too small); position 1");
+}
+
+TEST(UnlikeDevices, AnExcludedWorkersAreNotCounted) {
+  std::vector<OfferedDevice> all = Gpus({80, 80, 80});
+  all[1].worker = "bad";
+  EXPECT_EQ(Waits(2, 30, all, {0, 1}, "bad"), "waits for 2 cuda devices, 1 of 2 free; position 1; bad failed this job twice and is left out");
+}
+
 TEST_F(Kinds, AnExcludedWorkersGpuIsUsedAgainRatherThanACpu) {
   (*Job("a", 1).mutable_retry()->mutable_failures_by_worker())["gpu"] = 2;
   std::vector<OfferedDevice> all = all_;
