@@ -91,23 +91,19 @@ void RankRunner::Run() {
     const v1::RankPlan& place = start.plan().ranks(key().rank());
     place_ = {key().job_id(), absl::StrCat(place.pipeline_rank()), absl::StrCat(place.replica())};
     environment_.metrics->BeginAttempt(place_);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      watched_ = true;
-    }
-    // Before Send, which blocks while the process does not read: if it never does, because its device's driver holds it, the watch ends it.
-    std::thread progress([this] { WatchProgress(); });
-    SendStart(std::move(start));
+    v1::AgentMessage message;
+    *message.mutable_start() = std::move(start);
+    Tell(message);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       started_ = true;
       TellTrainer();
     }
+    std::thread progress([this] { WatchProgress(); });
     ReadReports();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       started_ = false;
-      watched_ = false;
       changed_.notify_all();
     }
     progress.join();
@@ -237,9 +233,7 @@ TrainerCommand RankRunner::Command() const {
   return command;
 }
 
-void RankRunner::SendStart(v1::Start start) {
-  v1::AgentMessage message;
-  *message.mutable_start() = std::move(start);
+void RankRunner::Tell(const v1::AgentMessage& message) {
   const absl::Status sent = process_.Send(message);
   if (!sent.ok()) LogWarning(Label(key()), ": ", sent.message());  // the trainer is gone: its exit is reported by Run
 }
@@ -247,19 +241,15 @@ void RankRunner::SendStart(v1::Start start) {
 void RankRunner::TellTrainer() {
   if (!started_) return;
   v1::AgentMessage message;
-  const auto send = [&] {
-    const absl::Status sent = process_.Send(message);
-    if (!sent.ok()) LogWarning(Label(key()), ": ", sent.message());  // the trainer is gone: its exit is reported by Run
-  };
   if (trace_.id() != trace_sent_) {
     trace_sent_ = trace_.id();
     *message.mutable_trace() = trace_;
-    send();
+    Tell(message);
   }
   if (peers_sent_ || peers_.endpoints().empty()) return;
   peers_sent_ = true;
   *message.mutable_peers() = peers_;
-  send();
+  Tell(message);
 }
 
 void RankRunner::ReadReports() {
@@ -356,7 +346,7 @@ void RankRunner::WatchProgress() {
   while (true) {
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      if (changed_.wait_for(lock, kProgressPoll, [this] { return !watched_ || stopping_; })) return;
+      if (changed_.wait_for(lock, kProgressPoll, [this] { return !started_ || stopping_; })) return;
     }
     const auto now = std::chrono::steady_clock::now();
     const uint64_t count = beat->counter.load(std::memory_order_acquire);

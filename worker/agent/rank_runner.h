@@ -64,8 +64,7 @@ class RankRunner {
   absl::Status FetchFiles(const std::vector<v1::FileRef>& files);
   std::string InputPath(const v1::FileRef& file) const;
   TrainerCommand Command() const;
-  // Blocks until the trainer has taken nearly all of it, or is gone.
-  void SendStart(v1::Start start);
+  void Tell(const v1::AgentMessage& message);
   // With mutex_ held: what the trainer has not been told yet.
   void TellTrainer();
   void ReadReports();
@@ -90,7 +89,6 @@ class RankRunner {
   std::mutex mutex_;
   std::condition_variable changed_;
   v1::Peers peers_;                      // guarded by mutex_
-  bool watched_ = false;                 // guarded by mutex_: the trainer is to make progress
   bool started_ = false;                 // guarded by mutex_: Start was sent
   bool peers_sent_ = false;              // guarded by mutex_
   v1::TraceOrder trace_;                 // guarded by mutex_: the newest

@@ -1,14 +1,15 @@
 #include "worker/agent/trainer_process.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
+#include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -44,21 +45,6 @@ Arguments LayOut(const TrainerCommand& command) {
   return out;
 }
 
-absl::Status ReadExactly(int fd, char* data, size_t size, bool at_frame_start) {
-  size_t done = 0;
-  while (done < size) {
-    const ssize_t got = read(fd, data + done, size - done);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0 && errno != ECONNRESET) return ErrnoStatus(errno, "trainer socket");
-    if (got <= 0) {
-      if (at_frame_start && done == 0) return absl::OutOfRangeError("closed");
-      return absl::DataLossError("the trainer's last frame is cut");
-    }
-    done += static_cast<size_t>(got);
-  }
-  return absl::OkStatus();
-}
-
 // What a program wrote, as a message may carry it: protobuf reads no string that is not UTF-8.
 std::string ValidUtf8(const std::string& text) {
   using nlohmann::json;
@@ -76,6 +62,8 @@ TrainerProcess::~TrainerProcess() {
 
 absl::Status TrainerProcess::Start(const TrainerCommand& command) {
   directory_ = command.directory;
+  wake_ = Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!wake_) return ErrnoStatus(errno, "eventfd");
   int pair[2];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) return ErrnoStatus(errno, "socketpair");
   Fd ours(pair[0]), theirs(pair[1]);
@@ -107,26 +95,77 @@ absl::Status TrainerProcess::Send(const v1::AgentMessage& message) {
   const std::string body = message.SerializeAsString();
   if (body.size() > kMaxFrameBytes) return absl::InvalidArgumentError(absl::StrCat("a frame of ", body.size(), " bytes for the trainer is too long"));
   const uint32_t size = static_cast<uint32_t>(body.size());
-  std::string frame(sizeof(size), '\0');
-  std::memcpy(frame.data(), &size, sizeof(size));
-  frame += body;
   std::lock_guard<std::mutex> lock(send_mutex_);
-  absl::string_view rest = frame;
-  while (!rest.empty()) {
-    const ssize_t put = send(socket_.get(), rest.data(), rest.size(), MSG_NOSIGNAL);
+  const bool waits = !unsent_.empty();
+  unsent_.append(reinterpret_cast<const char*>(&size), sizeof(size));
+  unsent_ += body;
+  if (waits) return absl::OkStatus();  // Receive knows
+  PPFT_RETURN_IF_ERROR(Flush());
+  if (!unsent_.empty()) eventfd_write(wake_.get(), 1);
+  return absl::OkStatus();
+}
+
+absl::Status TrainerProcess::Flush() {
+  size_t done = 0;
+  absl::Status status;
+  while (done < unsent_.size()) {
+    const ssize_t put = send(socket_.get(), unsent_.data() + done, unsent_.size() - done, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (put < 0 && errno == EINTR) continue;
-    if (put < 0) return ErrnoStatus(errno, "trainer socket");
-    rest.remove_prefix(static_cast<size_t>(put));
+    if (put < 0 && errno == EAGAIN) break;
+    if (put < 0) {
+      status = ErrnoStatus(errno, "trainer socket");
+      done = unsent_.size();  // nobody will read it
+      break;
+    }
+    done += static_cast<size_t>(put);
+  }
+  unsent_.erase(0, done);
+  return status;
+}
+
+absl::Status TrainerProcess::AwaitInput() {
+  while (true) {
+    pollfd waits[] = {{socket_.get(), POLLIN, 0}, {wake_.get(), POLLIN, 0}};
+    {
+      std::lock_guard<std::mutex> lock(send_mutex_);
+      if (!unsent_.empty()) waits[0].events |= POLLOUT;
+    }
+    if (poll(waits, 2, -1) < 0 && errno != EINTR) return ErrnoStatus(errno, "trainer socket");
+    eventfd_t woken;
+    if (waits[1].revents != 0) eventfd_read(wake_.get(), &woken);
+    if ((waits[0].revents & POLLOUT) != 0) {
+      std::lock_guard<std::mutex> lock(send_mutex_);
+      Flush().IgnoreError();  // the trainer is gone: the next read says so
+    }
+    if ((waits[0].revents & ~POLLOUT) != 0) return absl::OkStatus();
+  }
+}
+
+absl::Status TrainerProcess::ReadExactly(char* data, size_t size, bool at_frame_start) {
+  size_t done = 0;
+  while (done < size) {
+    const ssize_t got = recv(socket_.get(), data + done, size - done, MSG_DONTWAIT);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno == EAGAIN) {
+      PPFT_RETURN_IF_ERROR(AwaitInput());
+      continue;
+    }
+    if (got < 0 && errno != ECONNRESET) return ErrnoStatus(errno, "trainer socket");
+    if (got <= 0) {
+      if (at_frame_start && done == 0) return absl::OutOfRangeError("closed");
+      return absl::DataLossError("the trainer's last frame is cut");
+    }
+    done += static_cast<size_t>(got);
   }
   return absl::OkStatus();
 }
 
 absl::StatusOr<v1::TrainerReport> TrainerProcess::Receive() {
   uint32_t size = 0;
-  PPFT_RETURN_IF_ERROR(ReadExactly(socket_.get(), reinterpret_cast<char*>(&size), sizeof(size), true));
+  PPFT_RETURN_IF_ERROR(ReadExactly(reinterpret_cast<char*>(&size), sizeof(size), true));
   if (size > kMaxFrameBytes) return absl::DataLossError(absl::StrCat("the trainer announced a frame of ", size, " bytes"));
   std::string body(size, '\0');
-  PPFT_RETURN_IF_ERROR(ReadExactly(socket_.get(), body.data(), size, false));
+  PPFT_RETURN_IF_ERROR(ReadExactly(body.data(), size, false));
   v1::TrainerReport report;
   if (!report.ParseFromString(body)) return absl::DataLossError("the trainer sent a frame that is not a TrainerReport");
   return report;

@@ -32,6 +32,7 @@ class TrainerProcess {
   TrainerProcess& operator=(const TrainerProcess&) = delete;
 
   absl::Status Start(const TrainerCommand& command);
+  // Never blocks: what the child does not take at once goes out, in order, while Receive waits.
   absl::Status Send(const v1::AgentMessage& message);
   // Blocks. OUT_OF_RANGE when the child has closed its end; DATA_LOSS for a broken frame.
   absl::StatusOr<v1::TrainerReport> Receive();
@@ -45,9 +46,17 @@ class TrainerProcess {
  private:
   static constexpr uint32_t kMaxFrameBytes = 64 << 20;
 
+  absl::Status ReadExactly(char* data, size_t size, bool at_frame_start);
+  // Until there is something to read, or the end.
+  absl::Status AwaitInput();
+  // With send_mutex_ held: as much as the socket takes.
+  absl::Status Flush();
+
   std::string directory_;
   Fd socket_;
+  Fd wake_;  // an eventfd: unsent_ is not empty any more
   std::mutex send_mutex_;
+  std::string unsent_;  // guarded by send_mutex_
   std::mutex pid_mutex_;
   std::atomic<pid_t> pid_ = 0;  // written under pid_mutex_, so that a signal never hits a reused pid
 };

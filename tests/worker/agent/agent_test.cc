@@ -377,6 +377,26 @@ TEST_F(AgentTest, ATrainerThatNeverReadsALongStartIsEnded) {
   EXPECT_EQ(coordinator_.reports[1].report().exited().signal(), SIGKILL);
 }
 
+TEST_F(AgentTest, ATrainerThatNeverReadsIsEndedHoweverManyOrdersThereAre) {
+  v1::RankDirective rank = Rank("deaf");
+  rank.mutable_spec()->mutable_limits()->mutable_stall_timeout()->set_seconds(2);
+  rank.mutable_trace()->set_num_steps(1);
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.current != nullptr; }));
+  const absl::Time end = absl::Now() + kPatience;
+  bool ended = false;
+  for (int64_t trace = 1; !ended && absl::Now() < end; ++trace) {  // soon they are more than the socket to the trainer holds
+    rank.mutable_trace()->set_id(trace);
+    coordinator_.Direct({rank});
+    absl::SleepFor(absl::Milliseconds(1));
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    ended = coordinator_.Has("exited");
+  }
+  ASSERT_TRUE(ended);
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  ASSERT_THAT(coordinator_.Kinds(), ElementsAre("failure", "exited"));
+  EXPECT_EQ(coordinator_.reports[0].report().failure().reason().code(), "STAGE_HUNG");
+}
+
 TEST_F(AgentTest, AStoppedTrainerIsNamedAsItsNeighboursNameIt) {
   v1::RankDirective rank = Rank("wait");
   rank.mutable_spec()->mutable_limits()->mutable_stall_timeout()->set_seconds(5);

@@ -3,6 +3,7 @@
 //   "wait"   becomes ready and goes on beating for ever
 //   "hang"   becomes ready and stops beating
 //   "trace"  becomes ready and answers the trace that it is told to make
+//   "count"  becomes ready and answers each trace that it is told to make
 //   "big"    exports with more numbers than a message holds, exits 0
 //   "deaf"   reads nothing, not even its Start, as if its device's driver held it
 //   "crash"  becomes ready and dies by SIGABRT after a line on stderr
@@ -76,6 +77,10 @@ int main() {
   if (behaviour == "hang") {
     ppft::trainer::WriteBeat(beat, ppft::trainer::Section::kForward, 7, 0);
     while (true) pause();
+  }
+  while (behaviour == "count") {
+    report.mutable_trace()->set_id(Receive().trace().id());
+    Send(report);
   }
   if (behaviour == "trace") {
     report.mutable_trace()->set_id(Receive().trace().id());
