@@ -72,6 +72,24 @@ Agent::Agent(AgentOptions options, metrics::WorkerMetrics* metrics)
 Agent::~Agent() = default;
 
 absl::Status Agent::Run() {
+  PPFT_RETURN_IF_ERROR(TakeWorkFolder());
+  PPFT_RETURN_IF_ERROR(cache_.Open(BootId()));
+  link_ = std::make_unique<Link>(channel_, options_.coordinator, &reports_, MakeCallbacks());
+  link_->Start();
+  Reap();
+  StopRanks();
+  link_->Wake(true);
+  absl::Status refusal;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    refusal = refusal_;
+  }
+  if (refusal.ok()) link_->Flush(absl::Seconds(2));
+  link_.reset();
+  return refusal;
+}
+
+absl::Status Agent::TakeWorkFolder() {
   PPFT_RETURN_IF_ERROR(MakeDirs(options_.work_directory));
   const std::string lock_path = JoinPath(options_.work_directory, "lock");
   lock_ = Fd(open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
@@ -85,9 +103,10 @@ absl::Status Agent::Run() {
         absl::StrCat("--work_dir ", options_.work_directory, " is in use by another ppft-worker: stop it or choose another folder"));
   }
   // What ranks of an earlier incarnation left: their trainers died with it.
-  PPFT_RETURN_IF_ERROR(RemoveAll(JoinPath(options_.work_directory, "ranks")));
-  PPFT_RETURN_IF_ERROR(cache_.Open(BootId()));
+  return RemoveAll(JoinPath(options_.work_directory, "ranks"));
+}
 
+LinkCallbacks Agent::MakeCallbacks() {
   LinkCallbacks callbacks;
   callbacks.hello = [this] {
     v1::WorkerHello hello;
@@ -117,37 +136,25 @@ absl::Status Agent::Run() {
     shutdown_ = true;
     changed_.notify_all();
   };
-  link_ = std::make_unique<Link>(channel_, options_.coordinator, &reports_, std::move(callbacks));
-  link_->Start();
+  return callbacks;
+}
 
-  Reap();
-
-  {
-    std::unique_lock<std::mutex> lock(mutex_);
-    waiting_.clear();
-    for (auto& [key, rank] : ranks_) {
-      // The coordinator learns at once that the rank has ended; the trainer itself is told to stop below.
-      v1::TrainerReport report;
-      report.mutable_exited()->set_detail("the worker was stopped");
-      report.mutable_exited()->set_signal(SIGTERM);
-      if (rank->running()) reports_.Push(rank->key(), std::move(report));
-      rank->Stop();
-      leaving_.push_back(std::move(rank));
-    }
-    ranks_.clear();
-    std::vector<std::unique_ptr<RankRunner>> leaving = std::move(leaving_);
-    lock.unlock();
-    leaving.clear();
+void Agent::StopRanks() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  waiting_.clear();
+  for (auto& [key, rank] : ranks_) {
+    // The coordinator learns at once that the rank has ended; the trainer itself is told to stop below.
+    v1::TrainerReport report;
+    report.mutable_exited()->set_detail("the worker was stopped");
+    report.mutable_exited()->set_signal(SIGTERM);
+    if (rank->running()) reports_.Push(rank->key(), std::move(report));
+    rank->Stop();
+    leaving_.push_back(std::move(rank));
   }
-  link_->Wake(true);
-  absl::Status refusal;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    refusal = refusal_;
-  }
-  if (refusal.ok()) link_->Flush(absl::Seconds(2));
-  link_.reset();
-  return refusal;
+  ranks_.clear();
+  std::vector<std::unique_ptr<RankRunner>> leaving = std::move(leaving_);
+  lock.unlock();
+  leaving.clear();  // joins them
 }
 
 void Agent::Shutdown() {

@@ -54,6 +54,11 @@ class Agent {
  private:
   using Key = std::tuple<std::string, int64_t, int>;  // job, epoch, rank
 
+  // Locks the work folder and clears it of what ranks of an earlier incarnation left.
+  absl::Status TakeWorkFolder();
+  LinkCallbacks MakeCallbacks();
+  // Returns when all trainers have ended.
+  void StopRanks();
   void OnDirective(const v1::Directive& directive);
   void StartOrUpdate(const v1::RankDirective& directive);
   std::vector<v1::RankKey> Running();
