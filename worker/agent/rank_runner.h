@@ -1,7 +1,7 @@
 // The life of one rank on this host: start its trainer, fetch its files meanwhile, pass reports on, upload what it writes, watch its progress, end it.
 //
-// Two threads per rank: one fetches, forks, reads reports and reaps; the other forwards reports in order, each after its files are uploaded.
-// Thread: all public methods from any; none blocks except the destructor, which kills the trainer and joins.
+// Up to four threads: one fetches, forks, reads reports and reaps; one forwards reports in order, each after its files are uploaded; one watches a trainer that
+// has its orders; after Stop one waits for the end. Thread: all public methods from any; none blocks except the destructor, which ends the trainer and joins.
 #pragma once
 
 #include <atomic>
