@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
+#include "common/spec/suggest.h"
 
 namespace ppft::ctl {
 namespace {
@@ -106,7 +107,7 @@ absl::StatusOr<std::string> CompletionScript(const CLI::App& app, const std::str
                              {"mapfile -t COMPREPLY < <(compgen -f -- \"$current\")", "COMPREPLY=($(compgen -f -- \"$current\"))"}}));
   }
   if (shell == "fish") return Fish(app);
-  return absl::InvalidArgumentError(absl::StrCat("\"", shell, "\" is not known: use bash, zsh or fish"));
+  return absl::InvalidArgumentError(absl::StrCat("\"", shell, "\" is not known", spec::UseOneOf(shell, {"bash", "zsh", "fish"})));
 }
 
 }  // namespace ppft::ctl

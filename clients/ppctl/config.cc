@@ -129,9 +129,11 @@ absl::StatusOr<Settings> ChooseContext(const Config& config, const std::string& 
   if (found != config.contexts.end()) return found->second;
   std::vector<std::string> names;
   for (const auto& [known, settings] : config.contexts) names.push_back(known);
-  return absl::InvalidArgumentError(
-      absl::StrCat("there is no context \"", chosen, "\" in ", config.path.empty() ? "any config file" : config.path, ": ",
-                   names.empty() ? "make it with ppctl config set NAME server=HOST:PORT" : absl::StrCat("there are ", absl::StrJoin(names, ", "))));
+  const std::string nearest = spec::NearestName(chosen, names), file = config.path.empty() ? "any config file" : config.path;
+  return absl::InvalidArgumentError(absl::StrCat("there is no context \"", chosen, "\" in ", file,
+                                                 !nearest.empty() ? absl::StrCat("; did you mean ", nearest, "?")
+                                                 : names.empty()  ? ": make it with ppctl config set NAME server=HOST:PORT"
+                                                                  : absl::StrCat(": there are ", absl::StrJoin(names, ", "))));
 }
 
 }  // namespace ppft::ctl

@@ -32,7 +32,7 @@ absl::StatusOr<JobFile> JobFor(Context& context, const ShowOptions& options) {
 Result DataUpload(Context& context, const std::vector<std::string>& files) {
   for (const std::string& file : files) {
     std::error_code error;
-    if (!std::filesystem::exists(file, error)) return absl::InvalidArgumentError(absl::StrCat(file, ": there is no such file"));
+    if (!std::filesystem::exists(file, error)) return absl::InvalidArgumentError(absl::StrCat(file, ": there is no such file", NearFile(file)));
     if (!std::filesystem::is_regular_file(file, error)) return absl::InvalidArgumentError(absl::StrCat(file, ": is not a file: name JSONL files"));
     if (std::filesystem::file_size(file, error) == 0) return absl::InvalidArgumentError(absl::StrCat(file, ": is empty"));
   }

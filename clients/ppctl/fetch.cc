@@ -15,6 +15,7 @@
 #include "common/base/files.h"
 #include "common/base/format.h"
 #include "common/base/status.h"
+#include "common/spec/suggest.h"
 
 namespace ppft::ctl {
 namespace {
@@ -26,12 +27,13 @@ constexpr char kManifest[] = "manifest.json";
 
 absl::Status CheckOptions(const FetchOptions& options) {
   if (options.type != "adapter" && options.type != "merged")
-    return absl::InvalidArgumentError(absl::StrCat("--type ", options.type, " is not known: use adapter or merged"));
+    return absl::InvalidArgumentError(absl::StrCat("--type ", options.type, " is not known", spec::UseOneOf(options.type, {"adapter", "merged"})));
   int64_t step;
   const std::string& checkpoint = options.checkpoint;
   const bool numbered = absl::StartsWith(checkpoint, "step:") && absl::SimpleAtoi(checkpoint.substr(5), &step) && step >= 0;
   if (!checkpoint.empty() && checkpoint != "best" && checkpoint != "latest" && !numbered) {
-    return absl::InvalidArgumentError(absl::StrCat("--checkpoint ", checkpoint, " is not known: use best, latest or step:N (ppctl checkpoints lists them)"));
+    return absl::InvalidArgumentError(absl::StrCat("--checkpoint ", checkpoint, " is not known", spec::UseOneOf(checkpoint, {"best", "latest", "step:N"}),
+                                                   " (ppctl checkpoints lists them)"));
   }
   return absl::OkStatus();
 }

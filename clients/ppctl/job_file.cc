@@ -14,6 +14,7 @@
 #include "common/base/files.h"
 #include "common/base/sha256.h"
 #include "common/base/status.h"
+#include "common/spec/suggest.h"
 
 namespace ppft::ctl {
 namespace {
@@ -47,12 +48,26 @@ absl::StatusOr<std::string> ReadInput(const std::string& file) {
   if (file == "-") return std::string(std::istreambuf_iterator<char>(std::cin), {});
   std::error_code error;
   if (fs::is_directory(file, error)) return absl::InvalidArgumentError(absl::StrCat(file, ": is a folder; name the job file in it"));
+  if (!fs::exists(file, error)) return absl::InvalidArgumentError(absl::StrCat(file, ": there is no such file", NearFile(file)));
   auto text = ReadFile(file, int64_t{1} << 26);
   if (!text.ok()) return absl::InvalidArgumentError(text.status().message());
   return text;
 }
 
 }  // namespace
+
+std::string NearFile(const std::string& path) {
+  const fs::path folder = fs::path(path).parent_path();
+  const absl::StatusOr<std::vector<std::string>> names = ListDir(folder.empty() ? "." : folder.string());
+  if (!names.ok()) return "";
+  std::vector<std::string> files;
+  std::error_code error;
+  for (const std::string& name : *names) {
+    if (fs::is_regular_file(folder / name, error)) files.push_back(name);
+  }
+  const std::string nearest = spec::NearestName(fs::path(path).filename().string(), files);
+  return nearest.empty() ? "" : absl::StrCat("; did you mean ", (folder / nearest).string(), "?");
+}
 
 bool IsDatasetId(const std::string& text) { return IsIdWith(text, "ds-", 16, true); }
 
@@ -100,8 +115,9 @@ void JobFile::CheckLocalFile(const LocalFile& local) {
   std::error_code error;
   const fs::file_status status = fs::status(local.path, error);
   if (!fs::exists(status)) {
-    return Complain(
-        At(local.field, absl::StrCat("there is no file ", local.path, ": correct the path (relative to the job file), or use a dataset id (ppctl data list)")));
+    const std::string near = NearFile(local.path);
+    return Complain(At(local.field, absl::StrCat("there is no file ", local.path, near.empty() ? ": c" : absl::StrCat(near, " C"),
+                                                 "orrect the path (relative to the job file), or use a dataset id (ppctl data list)")));
   }
   if (!fs::is_regular_file(status)) return Complain(At(local.field, absl::StrCat(local.path, " is not a file: name one JSONL file")));
   const auto bytes = MappedFile::Open(local.path);

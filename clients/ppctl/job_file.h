@@ -76,6 +76,8 @@ class JobFile {
 
 // Uploads a dataset file and makes a dataset of it.
 absl::StatusOr<v1::Dataset> UploadDataset(Context& context, const std::string& path);
+// "; did you mean FOLDER/FILE?" for a path at which there is nothing, if a file beside it has nearly that name; else "".
+std::string NearFile(const std::string& path);
 // "ds-" and 16 hex digits.
 bool IsDatasetId(const std::string& text);
 

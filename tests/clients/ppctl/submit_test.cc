@@ -140,6 +140,34 @@ TEST_F(SubmitTest, AllLocalErrorsAtOnce) {
   EXPECT_THAT(run.err, HasSubstr("6 errors"));
 }
 
+TEST_F(SubmitTest, AFileThatIsNotThereIsAnsweredWithTheOneThatWasMeant) {
+  const std::string rows = folder_.Write("articles.jsonl", kRows);
+  const std::string job = folder_.Write("summaries.yaml", "model: {base_model: tiny}\ndata: {datasets: [{path: artikles.jsonl, type: prompt_completion}]}\n");
+  EXPECT_THAT(Ppctl(coordinator_, {"submit", job}).err, HasSubstr(absl::StrCat("artikles.jsonl; did you mean ", rows, "? Correct the path")));
+  EXPECT_THAT(Ppctl(coordinator_, {"submit", folder_ / "sumaries.yaml"}).err, HasSubstr(absl::StrCat("there is no such file; did you mean ", job, "?")));
+  EXPECT_THAT(Ppctl(coordinator_, {"data", "upload", folder_ / "article.jsonl"}).err, HasSubstr(absl::StrCat("did you mean ", rows, "?")));
+  const Outcome far = Ppctl(coordinator_, {"submit", folder_ / "other"});
+  EXPECT_EQ(far.code, 2);
+  EXPECT_THAT(far.err, HasSubstr("other: there is no such file\n"));
+}
+
+TEST_F(SubmitTest, AWordThatIsNotKnownIsAnsweredWithTheOneThatWasMeant) {
+  const std::pair<std::vector<std::string>, const char*> cases[] = {
+      {{"list", "-o", "jsn"}, "--output jsn is not known; did you mean json? Use table, json, yaml or name\n"},
+      {{"list", "-o", "xml"}, "--output xml is not known: use table, json, yaml or name\n"},
+      {{"fetch", "job-1", "--type", "merge"}, "--type merge is not known; did you mean merged?"},
+      {{"fetch", "job-1", "--checkpoint", "lates"}, "--checkpoint lates is not known; did you mean latest?"},
+      {{"completion", "bahs"}, "\"bahs\" is not known; did you mean bash? Use bash, zsh or fish\n"},
+      {{"list", "--staet=RUNNING"}, "--staet is not an option here; did you mean --state?"},
+      {{"data", "list", "--sever", "x"}, "--sever is not an option here; did you mean --server?"},
+      {{"list", "--nonsense"}, "--nonsense"}};
+  for (const auto& [arguments, says] : cases) {
+    const Outcome run = Ppctl(coordinator_, arguments);
+    EXPECT_EQ(run.code, 2) << arguments[1];
+    EXPECT_THAT(run.err, HasSubstr(says));
+  }
+}
+
 TEST_F(SubmitTest, WhatOnlyTheCoordinatorSeesIsToldWithTheRest) {
   const auto add = [this](const char* field, const char* message) {
     coordinator_.violations.emplace_back().set_field(field);
