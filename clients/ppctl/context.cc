@@ -47,6 +47,7 @@ void Emit(const std::string& text, YAML::Emitter* out) {
 }
 
 void Emit(const OrderedJson& value, YAML::Emitter* out) {
+  if (value.is_structured() && value.empty()) *out << YAML::Flow;  // on the key's line
   if (value.is_object()) {
     *out << YAML::BeginMap;
     for (const auto& [key, item] : value.items()) {
