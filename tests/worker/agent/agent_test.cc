@@ -412,6 +412,25 @@ TEST_F(AgentTest, AStoppedTrainerIsNamedAsItsNeighboursNameIt) {
   EXPECT_THAT(failure.reason().message(), HasSubstr("is stopped"));
 }
 
+TEST_F(AgentTest, OneThatWaitsForItsPeersExportIsEndedWhereItIsStoppedAlone) {
+  v1::RankDirective rank = Rank("await");
+  rank.mutable_spec()->mutable_limits()->mutable_stall_timeout()->set_seconds(3);
+  coordinator_.Direct({rank});
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
+  absl::SleepFor(absl::Seconds(5));
+  {
+    std::lock_guard<std::mutex> lock(coordinator_.mutex);
+    ASSERT_THAT(coordinator_.Kinds(), ElementsAre("listening", "ready"));
+  }
+  ASSERT_EQ(kill(TrainerPid(), SIGSTOP), 0);
+  ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("exited"); }));
+  std::lock_guard<std::mutex> lock(coordinator_.mutex);
+  ASSERT_THAT(coordinator_.Kinds(), ElementsAre("listening", "ready", "failure", "exited"));
+  const v1::Failure& failure = coordinator_.reports[2].report().failure();
+  EXPECT_EQ(failure.reason().code(), "COMM_ERROR");
+  EXPECT_THAT(failure.reason().message(), HasSubstr("is stopped"));
+}
+
 TEST_F(AgentTest, WhileTheCoordinatorIsAwayTheTrainerLivesAndReportsAreKept) {
   {
     std::lock_guard<std::mutex> lock(coordinator_.mutex);

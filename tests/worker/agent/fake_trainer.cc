@@ -2,6 +2,7 @@
 //   "steps"  reports 3 steps and one checkpoint file, finishes, exits 0
 //   "wait"   becomes ready and goes on beating for ever
 //   "hang"   becomes ready and stops beating
+//   "await"  becomes ready and waits for its peers' export without a beat
 //   "trace"  becomes ready and answers the trace that it is told to make
 //   "count"  becomes ready and answers each trace that it is told to make
 //   "big"    exports with more numbers than a message holds, exits 0
@@ -76,6 +77,10 @@ int main() {
   }
   if (behaviour == "hang") {
     ppft::trainer::WriteBeat(beat, ppft::trainer::Section::kForward, 7, 0);
+    while (true) pause();
+  }
+  if (behaviour == "await") {
+    ppft::trainer::WriteBeat(beat, ppft::trainer::Section::kAwaitExport, 7, 0);
     while (true) pause();
   }
   while (behaviour == "count") {
