@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "common/base/status.h"
 #include "common/model/config.h"
@@ -12,12 +14,33 @@ namespace ppft::coordinator {
 namespace {
 
 constexpr size_t kMaxRefusals = 256;
+constexpr double kCudnnCapability = 9.0;
+
+// Of GPUs, those whose attention is not cuDNN's.
+bool NeedsFlash(const v1::Device& device) {
+  double capability = 0;
+  return device.kind() == "cuda" && (device.deterministic() || (absl::SimpleAtod(device.compute_capability(), &capability) && capability < kCudnnCapability));
+}
+
+// Rows that a micro-batch of so many tokens holds at most: the shortest ones.
+int64_t MostDocuments(const v1::TokenStatistics& rows, int64_t tokens) {
+  std::vector<int64_t> lengths(rows.lengths().begin(), rows.lengths().end());
+  std::sort(lengths.begin(), lengths.end());
+  int64_t documents = 0;
+  for (const int64_t length : lengths) {
+    tokens -= std::max<int64_t>(1, length);
+    if (tokens < 0) break;
+    ++documents;
+  }
+  return documents;
+}
 
 // Everything that the answer depends on.
 std::string KeyOf(const PlanRequest& request, const std::string& model) {
-  std::string key = absl::StrCat(model, "\n", request.kind, " ", request.total_steps, " ", request.supervised_ratio, " ", request.longest_row);
+  std::string key =
+      absl::StrCat(model, "\n", request.kind, " ", request.total_steps, " ", request.supervised_ratio, " ", request.longest_row, " ", request.documents);
   for (const PlanDevice& device : request.devices)
-    absl::StrAppend(&key, "\n", device.worker, " ", device.id, " ", device.kind, " ", device.memory_bytes, " ", device.deterministic);
+    absl::StrAppend(&key, "\n", device.worker, " ", device.id, " ", device.kind, " ", device.memory_bytes, " ", device.deterministic, " ", device.flash);
   return absl::StrCat(key, "\n", request.spec.SerializeAsString());
 }
 
@@ -45,7 +68,10 @@ absl::StatusOr<PlanRequest> JobPlanner::RequestFor(const v1::JobRecord& record, 
   request.longest_row = std::max(train.longest_row(), record.prepared().eval().longest_row());
   for (const OfferedDevice& offered : devices) {
     request.devices.push_back(PlanDevice{offered.worker, offered.device.id(), offered.device.kind(), offered.device.memory_bytes(),
-                                         std::max(1, offered.device.threads()), offered.device.deterministic()});
+                                         std::max(1, offered.device.threads()), offered.device.deterministic(), NeedsFlash(offered.device)});
+  }
+  if (std::any_of(request.devices.begin(), request.devices.end(), [](const PlanDevice& device) { return device.flash; })) {
+    request.documents = MostDocuments(train, request.spec.training().micro_batch_size() * SequenceLength(request.spec, request.config));
   }
   return request;
 }

@@ -19,6 +19,10 @@ constexpr int64_t kPartMultiple = 8;
 constexpr int64_t kBlockAlignment = 256;
 // Rows that a product on a CPU makes at a time before they are copied.
 constexpr int64_t kCpuProductRows = 512;
+// cuDNN's attention serves heads up to here (worker/trainer/cuda/attention.cc).
+constexpr int64_t kCudnnHeadDim = 128;
+constexpr int64_t kFlashPadding = 128;     // rows, of each document
+constexpr int64_t kMultiprocessors = 148;  // of a B200; others have fewer
 
 // One stack of modules that read the same input: q,k,v; o; gate,up; down.
 struct Linear {
@@ -133,20 +137,34 @@ int64_t ScratchBytes(const ModelConfig& config, const Linears& linears, const St
   return elements * options.compute_bytes;
 }
 
+// The backward of flash attention (FlashAttention-2, 2307.08691) as LibTorch has it for documents of many lengths: fp32 sums of dq whose rows are padded for
+// every document of the table, in deterministic mode one set for each of the blocks that would add to the same; dk and dv for every query head; the results.
+int64_t FlashBytes(const ModelConfig& config, const StageMemoryOptions& options) {
+  const auto documents = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(1, options.documents))));
+  const int64_t heads = config.num_attention_heads, multiple = config.head_dim <= 128 ? 32 : 64;
+  const int64_t rows = options.tokens + kFlashPadding * documents, width = (config.head_dim + multiple - 1) / multiple * multiple;
+  const int64_t sets = options.deterministic ? (kMultiprocessors + documents * heads - 1) / (documents * heads) : 1;
+  const int64_t expanded = config.num_key_value_heads == heads ? 0 : 2 * config.query_size();
+  return rows * heads * (sets * width + 1) * kAccBytes + options.tokens * (expanded + RowSize(config)) * options.compute_bytes;
+}
+
 // cuDNN's backward has a workspace of three fp32 values per query element (sums of dq, and dk and dv for every query head). It rounds the tokens up so that
 // few plans serve all micro-batches. The gradient of gate and up, done with by then, is room for it where it suffices.
 int64_t CudaAttentionBytes(const ModelConfig& config, const StageMemoryOptions& options) {
-  const int64_t tokens = options.tokens;
+  const int64_t tokens = options.tokens, captured = IsCaptured(config, options) ? 2 : 1;
   if (AttentionIsPlainProducts(options.compute_bytes, config.head_dim)) {
     // Scores, probabilities, their gradients and the mask of one document and group of heads.
     const int64_t group = config.num_attention_heads / std::max<int64_t>(1, config.num_key_value_heads);
-    return options.compute_bytes * (3 * group + 1) * options.longest_document * options.longest_document;
+    const int64_t scores = kAccBytes * (3 * group + 1) * options.longest_document * options.longest_document;
+    // Their rows in fp32.
+    return scores + (options.compute_bytes == kAccBytes ? 0 : kAccBytes * (5 * group + 2) * options.longest_document * config.head_dim);
   }
+  if (options.flash || config.head_dim > kCudnnHeadDim) return FlashBytes(config, options) * captured;
   const int64_t step = std::max<int64_t>(1024, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(1, tokens)))) / 8);
   const int64_t rounded = (tokens + step - 1) / step * step;
   const int64_t workspace = rounded * kAccBytes * (3 * config.query_size() + config.num_attention_heads);
   if (workspace <= tokens * 2 * config.intermediate_size * options.compute_bytes) return 0;
-  return workspace * (IsCaptured(config, options) ? 2 : 1);
+  return workspace * captured;
 }
 
 int64_t CpuTemporaryBytes(const ModelConfig& config, const Linears& linears, const StageShape& stage, const StageMemoryOptions& options) {

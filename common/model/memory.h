@@ -33,11 +33,14 @@ struct StageMemoryOptions {
   int64_t tokens = 0;            // of the largest pass: of its micro-batches together
   int64_t targets = 0;           // of its tokens, those whose loss is taken, at most
   int64_t longest_document = 0;  // tokens
+  int64_t documents = 1;         // of the largest pass, at most
   int64_t head_rows = 256;       // rows of logits at a time
   bool dropout = false;          // on the adapters' inputs
   bool evaluates = false;        // forward passes without a backward
   ActivationCheckpointing checkpointing = ActivationCheckpointing::kNone;
-  int zero_stage = 0;  // 1: moments, 2: gradients too, 3: the layers' matrices too are shared out over the replicas
+  bool flash = false;          // cuda: attention through flash where cuDNN's could serve, too
+  bool deterministic = false;  // cuda
+  int zero_stage = 0;          // 1: moments, 2: gradients too, 3: the layers' matrices too are shared out over the replicas
   int replicas = 1;
 };
 

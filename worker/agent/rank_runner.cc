@@ -228,7 +228,6 @@ TrainerCommand RankRunner::Command() const {
     // The trainer sees its own device alone.
     const char* visible = getenv("CUDA_VISIBLE_DEVICES");
     command.environment.push_back(VisibleDevice(device(), visible == nullptr ? "" : visible));
-    command.environment.push_back("CUDA_MODULE_LOADING=LAZY");
   }
   return command;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <limits>
 #include <numeric>
 #include <optional>
 
@@ -59,11 +60,6 @@ int64_t MaxMicrobatches(const v1::JobSpec& spec, int64_t pipeline_size) {
   const int64_t ranks = pipeline_size * DataParallelSize(spec);
   const int64_t bytes_per_stage = pipeline_size == 1 ? 16 : 68;  // two compute actions; and four transfers
   return std::max<int64_t>(1, kMaxProgramBytes / (bytes_per_stage * ranks * VirtualStages(spec) * ranks));
-}
-
-int64_t SequenceLength(const v1::JobSpec& spec, const model::ModelConfig& config) {
-  if (spec.data().sequence_len() > 0) return spec.data().sequence_len();
-  return std::min<int64_t>(1024, config.max_position_embeddings);
 }
 
 constexpr char kPipelineSize[] = "parallel.pipeline_parallel_size";
@@ -173,7 +169,7 @@ model::ActivationCheckpointing CheckpointingOf(const v1::JobSpec& spec) {
 }
 
 model::StageMemoryOptions MemoryOptionsOf(const v1::JobSpec& spec, const model::ModelConfig& config, absl::string_view kind, int64_t compute_bytes,
-                                          const DataFacts& facts, int microbatches_per_pass) {
+                                          const PlanFacts& facts, int microbatches_per_pass) {
   model::StageMemoryOptions options;
   options.cuda = kind == "cuda";
   options.compute_bytes = compute_bytes;
@@ -183,6 +179,9 @@ model::StageMemoryOptions MemoryOptionsOf(const v1::JobSpec& spec, const model::
   const bool full = options.cuda || spec.data().sample_packing();
   options.tokens = microbatches_per_pass * spec.training().micro_batch_size() * (full ? SequenceLength(spec, config) : options.longest_document);
   options.targets = options.tokens;
+  options.documents = microbatches_per_pass * (spec.data().sample_packing() && facts.documents > 0 ? facts.documents : spec.training().micro_batch_size());
+  options.flash = facts.flash;
+  options.deterministic = facts.deterministic;
   options.dropout = spec.adapter().lora_dropout() > 0;
   options.evaluates = spec.data().val_set_size() > 0 || spec.data().test_datasets_size() > 0;
   options.checkpointing = CheckpointingOf(spec);
@@ -256,6 +255,11 @@ std::vector<v1::StagePlan> MakeStages(const v1::JobSpec& spec, const model::Mode
 
 }  // namespace
 
+int64_t SequenceLength(const v1::JobSpec& spec, const model::ModelConfig& config) {
+  if (spec.data().sequence_len() > 0) return spec.data().sequence_len();
+  return std::min<int64_t>(1024, config.max_position_embeddings);
+}
+
 int64_t Layout::largest_rank_bytes() const { return peak_bytes.empty() ? 0 : *std::max_element(peak_bytes.begin(), peak_bytes.end()); }
 
 std::vector<v1::Violation> CheckLayout(const v1::JobSpec& spec, const model::ModelConfig& config, const std::set<std::string>& wrong) {
@@ -296,7 +300,7 @@ int MostMicrobatchesPerPass(const v1::JobSpec& spec, const model::ModelConfig& c
   return static_cast<int>(std::clamp<int64_t>(kMergedTokens / std::max<int64_t>(1, tokens), 1, std::max(1, NumMicrobatches(spec))));
 }
 
-absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, absl::string_view kind, const DataFacts& facts,
+absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, absl::string_view kind, const PlanFacts& facts,
                                   int microbatches_per_pass) {
   v1::JobSpec resolved = spec;
   resolved.mutable_parallel()->set_pipeline_parallel_size(pipeline_size);
@@ -314,6 +318,14 @@ absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelCon
   layout.compute = spec::ComputeOn(spec.precision().compute(), kind);
   layout.microbatch_tokens = spec.training().micro_batch_size() * SequenceLength(spec, config);
   layout.checkpointing = std::string(model::WordOf(CheckpointingOf(spec)));
+  if (kind == "cuda" && !model::AttentionIsPlainProducts(ComputeBytes(layout.compute), config.head_dim)) {
+    // Attention's tables of documents count elements in 32 bits (worker/trainer/cuda/documents.cc).
+    const int64_t most = std::numeric_limits<int32_t>::max() / (config.query_size() + spec.adapter().r());
+    if (layout.microbatch_tokens > most) {
+      return absl::InvalidArgumentError(absl::StrCat("training.micro_batch_size: a micro-batch of ", layout.microbatch_tokens, " tokens is more than the ",
+                                                     most, " that attention on a GPU takes of this model: lower micro_batch_size"));
+    }
+  }
   const model::StageMemoryOptions memory = MemoryOptionsOf(spec, config, kind, ComputeBytes(layout.compute), facts, layout.microbatches_per_pass);
   const int num_stages = pipeline_size * layout.virtual_stages;
 

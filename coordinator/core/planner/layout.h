@@ -18,10 +18,13 @@
 
 namespace ppft::coordinator {
 
-// What the planner knows of the prepared data.
-struct DataFacts {
+// What the planner knows of the prepared data and of the devices.
+struct PlanFacts {
   double supervised_ratio = 1;  // supervised tokens / tokens, (0, 1]; 1 when not known: only those rows reach the head
   int64_t longest_row = 0;      // tokens; 0 when not known
+  int64_t documents = 0;        // of a packed micro-batch, at most; 0 when not known, taken as micro_batch_size
+  bool flash = false;           // cuda: attention through flash, for which all of these count
+  bool deterministic = false;   // cuda
 };
 
 struct Layout {
@@ -55,12 +58,15 @@ std::vector<v1::Violation> CheckLayout(const v1::JobSpec& spec, const model::Mod
 // Pipeline sizes that `spec` allows, ascending: the one that it names, or, for auto, those up to `max_size` (at least one).
 std::vector<int> PipelineSizes(const v1::JobSpec& spec, const model::ModelConfig& config, int max_size);
 
+// Tokens of a row at most: what the job says, or its default for the model.
+int64_t SequenceLength(const v1::JobSpec& spec, const model::ModelConfig& config);
+
 // Micro-batches of a step that gain by going through the model together, if the memory suffices: 1 where merging is off or gains nothing.
 int MostMicrobatchesPerPass(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, absl::string_view kind);
 
 // The layout for one pipeline size on devices of `kind` (cpu | cuda). activation_checkpointing: auto counts as none here. microbatches_per_pass: from 1 to the
 // micro-batches of a step and replica. INVALID_ARGUMENT when that size is impossible (see CheckLayout).
-absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, absl::string_view kind, const DataFacts& facts,
+absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelConfig& config, int pipeline_size, absl::string_view kind, const PlanFacts& facts,
                                   int microbatches_per_pass = 1);
 
 }  // namespace ppft::coordinator

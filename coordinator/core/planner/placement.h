@@ -15,6 +15,7 @@ struct PlanDevice {
   int64_t memory_bytes = 0;    // what a rank may use; 0 = not known, taken as enough
   int32_t threads = 1;         // CPU: compute threads of the slot
   bool deterministic = false;  // cuda: its worker promises the same bits in every layout
+  bool flash = false;          // cuda: attention there goes through flash, for cuDNN's does not serve (worker/trainer/cuda/attention.cc)
 };
 
 // By worker, then by number of the device ("cpu:2" before "cpu:10").

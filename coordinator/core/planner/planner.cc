@@ -33,7 +33,14 @@ std::vector<PlanDevice> WithMemory(const std::vector<PlanDevice>& devices, int64
   return enough;
 }
 
-DataFacts FactsOf(const PlanRequest& request) { return {request.supervised_ratio, request.longest_row}; }
+PlanFacts FactsOf(const PlanRequest& request) {
+  PlanFacts facts{request.supervised_ratio, request.longest_row, request.documents};
+  for (const PlanDevice& device : request.devices) {
+    facts.flash = facts.flash || device.flash;
+    facts.deterministic = facts.deterministic || device.deterministic;
+  }
+  return facts;
+}
 
 // What the job leaves to the planner, the least recomputation first; else what it asks for.
 std::vector<model::ActivationCheckpointing> CheckpointingsOf(const v1::JobSpec& spec) {
@@ -104,7 +111,7 @@ absl::Status OutOfMemory(const PlanRequest& request, const Layout& layout, absl:
   const int worst = static_cast<int>(std::max_element(layout.peak_bytes.begin(), layout.peak_bytes.end()) - layout.peak_bytes.begin());
   v1::JobSpec spec = request.spec;
   spec.mutable_parallel()->set_activation_checkpointing(layout.checkpointing);
-  const DataFacts facts = FactsOf(request);
+  const PlanFacts facts = FactsOf(request);
   const std::vector<std::string> settings = NearestRemedies({spec, request.config, facts, layout, kind, limit, num_devices});
   const v1::MemoryEstimate& parts = layout.memory[static_cast<size_t>(worst)];
   return absl::ResourceExhaustedError(absl::StrCat(

@@ -23,6 +23,7 @@ struct PlanRequest {
   std::vector<PlanDevice> devices;  // usable ones, in any order: those that are free, or all of the cluster to see what could ever be
   double supervised_ratio = 1;      // supervised tokens / tokens of the prepared data, (0, 1]; 1 when not known: only those rows reach the head
   int64_t longest_row = 0;          // tokens of the prepared data's longest row; 0 when not known
+  int64_t documents = 0;            // of a packed micro-batch, at most; 0 when not known
   std::string kind{};               // cpu | cuda: the devices to use, also when none of them is there; empty: cuda if one is there
 };
 

@@ -15,7 +15,7 @@ namespace ppft::coordinator {
 struct RemedyInput {
   const v1::JobSpec& spec;  // activation_checkpointing resolved
   const model::ModelConfig& config;
-  const DataFacts& facts;
+  const PlanFacts& facts;
   const Layout& layout;  // of the spec: the one that does not fit
   absl::string_view kind;
   int64_t limit_bytes = 0;  // a rank may need so much

@@ -48,6 +48,32 @@ TEST(JobPlannerTest, DeterministicGpusTakeMicrobatchesOneByOne) {
   }
 }
 
+TEST(JobPlannerTest, ShortRowsNeedMemoryOnGpusWithoutCudnnsAttention) {
+  const auto needed = [](const std::string& capability, const std::vector<uint32_t>& lengths) {
+    v1::JobRecord record = Record();
+    v1::DataSpec* const data = record.mutable_job()->mutable_spec()->mutable_data();
+    data->set_sample_packing(true);
+    record.mutable_job()->mutable_spec()->mutable_training()->set_micro_batch_size(4);
+    v1::TokenStatistics* const train = record.mutable_prepared()->mutable_train();
+    train->mutable_lengths()->Add(lengths.begin(), lengths.end());
+    train->set_rows(static_cast<int64_t>(lengths.size()));
+    train->set_longest_row(128);
+    OfferedDevice gpu = Device("cuda");
+    gpu.device.set_compute_capability(capability);
+    const PlanAttempt attempt = JobPlanner().Plan(record, Model(), {gpu}, "cuda");
+    EXPECT_TRUE(attempt.plan.has_value()) << attempt.message;
+    return attempt.plan.has_value() ? attempt.plan->ranks(0).memory().workspace_bytes() : 0;
+  };
+  const std::vector<uint32_t> longs(100, 128), mixed = [&] {
+    std::vector<uint32_t> lengths(200, 3);
+    lengths.insert(lengths.begin(), longs.begin(), longs.end());
+    return lengths;
+  }();
+  EXPECT_EQ(needed("9.0", longs), needed("9.0", mixed));
+  EXPECT_GT(needed("8.0", mixed), needed("8.0", longs));
+  EXPECT_GT(needed("8.0", longs), needed("9.0", longs));
+}
+
 // What `ppctl plan` shows is what the queue would do, on the same kind of device.
 TEST(JobPlannerTest, DraftAndPlanTakeTheSameKind) {
   const v1::ModelRecord model = Model();

@@ -635,6 +635,31 @@ TEST(Memory, ShortRowsNeedLessWhereRoomIsMadeForWhatComes) {
   EXPECT_EQ(on_gpu(512), on_gpu(0));
 }
 
+TEST(Memory, FlashAttentionNeedsRoomForEveryDocument) {
+  PlanRequest request{Spec(), Llama1B(), 10, Workers({1}, "cuda", 0)};
+  request.spec.mutable_data()->set_sequence_len(2048);
+  request.spec.mutable_data()->set_sample_packing(true);
+  request.spec.mutable_training()->set_micro_batch_size(8);
+  request.spec.mutable_parallel()->set_pipeline_parallel_size(1);
+  const auto workspace = [&](bool flash, bool deterministic, int64_t documents) {
+    request.devices[0].flash = flash;
+    request.devices[0].deterministic = deterministic;
+    request.documents = documents;
+    return PlanJob(request)->ranks(0).memory().workspace_bytes();
+  };
+  const int64_t cudnn = workspace(false, false, 512);
+  // Bytes beyond those, without what rounding of blocks adds.
+  const auto more = [&](bool deterministic, int64_t documents) { return static_cast<double>(workspace(true, deterministic, documents) - cudnn) / 1.03; };
+  EXPECT_EQ(workspace(false, false, 8), cudnn);
+  // Passes are captured, which holds it twice. 16,384 rows of 32 heads of 64: dq's sums with their rows' own, dk and dv for every query head, dq, dk, dv.
+  const double tokens = 16384, parts = tokens * 2 * (2 * 2048 + 3072);
+  EXPECT_NEAR(more(false, 8), 2 * ((tokens + 128 * 8) * 32 * 65 * 4 + parts), 2);
+  EXPECT_NEAR(more(false, 300), 2 * ((tokens + 128 * 512) * 32 * 65 * 4 + parts), 2) << "tables have room for a power of two";
+  EXPECT_EQ(workspace(true, false, 0), workspace(true, false, 8)) << "one a row where nothing is known";
+  EXPECT_NEAR(more(true, 1), 2 * ((tokens + 128) * 32 * (5 * 64 + 1) * 4 + parts), 2) << "148 blocks over 32 heads of one document";
+  EXPECT_EQ(workspace(true, true, 8), workspace(true, false, 8));
+}
+
 TEST(Checkpointing, AutoIsTheLeastThatFits) {
   PlanRequest request{Spec(), Llama1B(), 10, Workers({4}, "cuda", 140 * kGiB)};
   request.spec.mutable_data()->set_sequence_len(2048);
