@@ -128,7 +128,6 @@ void RankRunner::Run() {
     changed_.notify_all();
   }
   forward.join();
-  reported_ = !stopping_;
   running_ = false;
   environment_.on_end();
 }

@@ -49,8 +49,6 @@ class RankRunner {
   void Stop();
   // False once nothing of this rank can act any more: the trainer is reaped and no upload is under way.
   bool running() const { return running_; }
-  // All reports, the exit's included, are in the queue.
-  bool reported() const { return reported_; }
   const v1::RankKey& key() const { return directive_.rank(); }
   const std::string& device() const { return directive_.device(); }
 
@@ -84,7 +82,6 @@ class RankRunner {
   metrics::WorkerMetrics::Place place_;  // of the running thread
   std::atomic<bool> stopping_ = false;
   std::atomic<bool> running_ = true;
-  std::atomic<bool> reported_ = false;
 
   std::mutex mutex_;
   std::condition_variable changed_;
