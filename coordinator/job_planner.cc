@@ -54,6 +54,12 @@ absl::StatusOr<int64_t> JobPlanner::TotalSteps(const v1::JobRecord& record) {
   return total_steps_[record.job().id()] = total;
 }
 
+int64_t JobPlanner::Documents(const v1::JobRecord& record, int64_t tokens) {
+  if (!record.has_prepared()) return 0;
+  if (const auto it = documents_.find(record.job().id()); it != documents_.end()) return it->second;
+  return documents_[record.job().id()] = MostDocuments(record.prepared().train(), tokens);
+}
+
 absl::StatusOr<PlanRequest> JobPlanner::RequestFor(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices,
                                                    const std::string& kind) {
   PlanRequest request;
@@ -70,8 +76,8 @@ absl::StatusOr<PlanRequest> JobPlanner::RequestFor(const v1::JobRecord& record, 
     request.devices.push_back(PlanDevice{offered.worker, offered.device.id(), offered.device.kind(), offered.device.memory_bytes(),
                                          std::max(1, offered.device.threads()), offered.device.deterministic(), NeedsFlash(offered.device)});
   }
-  if (std::any_of(request.devices.begin(), request.devices.end(), [](const PlanDevice& device) { return device.flash; })) {
-    request.documents = MostDocuments(train, request.spec.training().micro_batch_size() * SequenceLength(request.spec, request.config));
+  if (std::any_of(request.devices.begin(), request.devices.end(), [](const PlanDevice& device) { return device.kind == "cuda"; })) {
+    request.documents = Documents(record, request.spec.training().micro_batch_size() * SequenceLength(request.spec, request.config));
   }
   return request;
 }

@@ -12,8 +12,8 @@
 
 namespace ppft::coordinator {
 
-// Pure but for two caches: step counts, which cost a pass over all rows, and refusals, which cost a search for settings that would fit and are asked for
-// again whenever anything happens in the cluster. One thread.
+// Pure but for caches: step counts and documents, which cost a pass over all rows, and refusals, which cost a search for settings that would fit and are asked
+// for again whenever anything happens in the cluster. One thread.
 class JobPlanner {
  public:
   // On `devices` of `kind` (cuda | cpu).
@@ -27,8 +27,11 @@ class JobPlanner {
   absl::StatusOr<PlanRequest> RequestFor(const v1::JobRecord& record, const v1::ModelRecord& model, const std::vector<OfferedDevice>& devices,
                                          const std::string& kind);
   absl::StatusOr<int64_t> TotalSteps(const v1::JobRecord& record);
+  // Of a packed micro-batch of `tokens`, at most; 0 before the data is prepared.
+  int64_t Documents(const v1::JobRecord& record, int64_t tokens);
 
   std::map<std::string, int64_t> total_steps_;   // job -> steps
+  std::map<std::string, int64_t> documents_;     // job -> documents
   std::map<std::string, PlanAttempt> refusals_;  // request -> answer
 };
 

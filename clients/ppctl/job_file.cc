@@ -48,7 +48,8 @@ absl::StatusOr<std::string> ReadInput(const std::string& file) {
   if (file == "-") return std::string(std::istreambuf_iterator<char>(std::cin), {});
   std::error_code error;
   if (fs::is_directory(file, error)) return absl::InvalidArgumentError(absl::StrCat(file, ": is a folder; name the job file in it"));
-  if (!fs::exists(file, error)) return absl::InvalidArgumentError(absl::StrCat(file, ": there is no such file", NearFile(file)));
+  if (fs::status(file, error).type() == fs::file_type::not_found)
+    return absl::InvalidArgumentError(absl::StrCat(file, ": there is no such file", NearFile(file)));
   auto text = ReadFile(file, int64_t{1} << 26);
   if (!text.ok()) return absl::InvalidArgumentError(text.status().message());
   return text;

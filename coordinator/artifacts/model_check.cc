@@ -56,26 +56,13 @@ absl::StatusOr<int64_t> SizeOf(const Fd& fd, absl::string_view what) {
   return static_cast<int64_t>(info.st_size);
 }
 
-absl::Status ReadAt(int fd, char* out, size_t size, int64_t offset, absl::string_view what) {
-  while (size > 0) {
-    const ssize_t got = pread(fd, out, size, offset);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return ErrnoStatus(errno, what);
-    if (got == 0) return Invalid(absl::StrCat(what, ": became shorter while it was read"));
-    out += got;
-    offset += got;
-    size -= static_cast<size_t>(got);
-  }
-  return absl::OkStatus();
-}
-
 absl::StatusOr<std::string> ReadText(const ModelFolder& folder, const std::string& name, int64_t max_bytes) {
   const std::string path = JoinPath(folder.path(), name);
   PPFT_ASSIGN_OR_RETURN(const Fd fd, folder.Open(name));
   PPFT_ASSIGN_OR_RETURN(const int64_t size, SizeOf(fd, path));
   if (size > max_bytes) return Invalid(absl::StrCat(path, ": ", size, " bytes are more than the allowed ", max_bytes));
   std::string text(static_cast<size_t>(size), '\0');
-  PPFT_RETURN_IF_ERROR(ReadAt(fd.get(), text.data(), text.size(), 0, path));
+  PPFT_RETURN_IF_ERROR(ReadAt(fd.get(), text.data(), static_cast<int64_t>(text.size()), 0, path));
   return text;
 }
 

@@ -75,9 +75,9 @@ absl::StatusOr<Spool> SpoolAll(const std::vector<DatasetRequest>& datasets, cons
   for (const DatasetRequest& dataset : datasets) PPFT_RETURN_IF_ERROR(AddDataset(dataset, tokenizer, request.threads, &spool));
   if (spool.num_rows() == 0) {
     return absl::InvalidArgumentError(absl::StrCat(
-        datasets[0].source,
-        ": the dataset is empty: ", spool.num_dropped() == 1 ? std::string("its only row was") : absl::StrCat("all ", spool.num_dropped(), " rows were"),
-        " dropped, each has more tokens than sequence_len (", request.data.sequence_len, "): raise sequence_len, or set excess_length_strategy to truncate"));
+        datasets[0].source, ": the dataset is empty: ",
+        spool.num_dropped() == 1 ? std::string("its only row was dropped, it") : absl::StrCat("all ", spool.num_dropped(), " rows were dropped, each"),
+        " has more tokens than sequence_len (", request.data.sequence_len, "): raise sequence_len, or set excess_length_strategy to truncate"));
   }
   return spool;
 }

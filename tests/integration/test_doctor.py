@@ -32,7 +32,7 @@ def test_doctor_names_what_is_wrong_and_what_to_do(cluster, models, tiny):
     assert {"coordinator", "tls", "clock", "disk", "worker worker-0", "worker worker-1", "files"} <= {entry["check"] for entry in well}
     assert not [entry for entry in well if entry["level"] == "fail"]
     text = cluster.ppctl("doctor", "--contents").stdout
-    assert "1 models and 1 datasets are unchanged" in text and "LibTorch 2." in text and "thread" in text
+    assert "1 model and 1 dataset are unchanged" in text and "LibTorch 2." in text and "thread" in text
     assert "thread" in cluster.ppctl("workers", "list").stdout
     worker = cluster.json("workers", "list")["workers"][0]
     assert worker["host"]["network_interface"] and int(worker["host"]["memory_bytes"]) > 0 and int(worker["disk_free_bytes"]) > 0

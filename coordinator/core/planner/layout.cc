@@ -318,7 +318,7 @@ absl::StatusOr<Layout> MakeLayout(const v1::JobSpec& spec, const model::ModelCon
   layout.compute = spec::ComputeOn(spec.precision().compute(), kind);
   layout.microbatch_tokens = spec.training().micro_batch_size() * SequenceLength(spec, config);
   layout.checkpointing = std::string(model::WordOf(CheckpointingOf(spec)));
-  if (kind == "cuda" && !model::AttentionIsPlainProducts(ComputeBytes(layout.compute), config.head_dim)) {
+  if (kind == "cuda") {
     // Attention's tables of documents count elements in 32 bits (worker/trainer/cuda/documents.cc).
     const int64_t most = std::numeric_limits<int32_t>::max() / (config.query_size() + spec.adapter().r());
     if (layout.microbatch_tokens > most) {

@@ -126,7 +126,7 @@ absl::Status OutOfMemory(const PlanRequest& request, const Layout& layout, absl:
 std::string Explain(const Layout& layout, const std::vector<PlanDevice>& chosen, const v1::JobSpec& spec) {
   std::vector<int> layers;
   for (const v1::StagePlan& stage : layout.stages) layers.push_back(stage.num_layers());
-  std::string text = layers.size() == 1 ? absl::StrCat("1 stage with all ", layers[0], " layers")
+  std::string text = layers.size() == 1 ? absl::StrCat("1 stage with ", layers[0] == 1 ? "the only layer" : absl::StrCat("all ", layers[0], " layers"))
                                         : absl::StrCat(layers.size(), " stages of ", absl::StrJoin(layers, ", "), " layers");
   if (layers.size() > 1) {
     absl::StrAppend(&text, spec.parallel().layers_per_stage_size() > 0 ? " as asked" : " balanced by cost",
@@ -197,7 +197,7 @@ std::string FewerDevices(const Layout& layout) {
                       layout.data_parallel_size > 1 ? "parallel.data_parallel_size" : "", " to need fewer");
 }
 
-absl::StatusOr<PlanDraft> DraftOn(const PlanRequest& request, absl::string_view kind) {
+absl::StatusOr<PlanDraft> DraftOnAll(const PlanRequest& request, absl::string_view kind) {
   const std::vector<PlanDevice> devices = OfKind(request.devices, kind);
   PPFT_ASSIGN_OR_RETURN(const Layout layout, ChooseLayout(request, kind, devices));
   PlanDraft draft;
@@ -215,6 +215,16 @@ absl::StatusOr<PlanDraft> DraftOn(const PlanRequest& request, absl::string_view 
   }
   draft.plan = FillPlan(request, layout, chosen);
   return draft;
+}
+
+// On devices of one kind; where those on which attention needs more memory stand in the way, on the others.
+absl::StatusOr<PlanDraft> DraftOn(const PlanRequest& request, absl::string_view kind) {
+  PPFT_ASSIGN_OR_RETURN(PlanDraft draft, DraftOnAll(request, kind));
+  if (draft.fit.ok()) return draft;
+  PlanRequest others = request;
+  if (std::erase_if(others.devices, [](const PlanDevice& device) { return device.flash; }) == 0 || OfKind(others.devices, kind).empty()) return draft;
+  PPFT_ASSIGN_OR_RETURN(PlanDraft on_others, DraftOnAll(others, kind));
+  return on_others.fit.ok() ? on_others : draft;
 }
 
 absl::Status Broken(absl::string_view what) { return absl::FailedPreconditionError(absl::StrCat("the plan cannot be executed: ", what)); }

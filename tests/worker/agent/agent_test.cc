@@ -414,10 +414,10 @@ TEST_F(AgentTest, AStoppedTrainerIsNamedAsItsNeighboursNameIt) {
 
 TEST_F(AgentTest, OneThatWaitsForItsPeersExportIsEndedWhereItIsStoppedAlone) {
   v1::RankDirective rank = Rank("await");
-  rank.mutable_spec()->mutable_limits()->mutable_stall_timeout()->set_seconds(3);
+  rank.mutable_spec()->mutable_limits()->mutable_stall_timeout()->set_seconds(10);
   coordinator_.Direct({rank});
   ASSERT_TRUE(coordinator_.WaitFor([&] { return coordinator_.Has("ready"); }));
-  absl::SleepFor(absl::Seconds(5));
+  absl::SleepFor(absl::Seconds(12));
   {
     std::lock_guard<std::mutex> lock(coordinator_.mutex);
     ASSERT_THAT(coordinator_.Kinds(), ElementsAre("listening", "ready"));

@@ -660,6 +660,22 @@ TEST(Memory, FlashAttentionNeedsRoomForEveryDocument) {
   EXPECT_EQ(workspace(true, true, 8), workspace(true, false, 8));
 }
 
+TEST(Memory, AGpuWithFlashDoesNotStandInTheWayOfOthers) {
+  PlanRequest request{Spec(), Llama1B(), 10, Workers({1, 1}, "cuda", 0)};
+  request.spec.mutable_data()->set_sequence_len(2048);
+  request.spec.mutable_training()->set_micro_batch_size(8);
+  request.spec.mutable_parallel()->set_pipeline_parallel_size(1);
+  const int64_t needed = PlanJob(request)->ranks(0).peak_bytes();
+  request.devices = Workers({1, 1}, "cuda", needed);
+  request.devices[0].flash = true;
+  const absl::StatusOr<v1::Plan> plan = PlanJob(request);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->ranks(0).worker(), request.devices[1].worker);
+  EXPECT_EQ(plan->ranks(0).peak_bytes(), needed);
+  request.devices[1].flash = true;
+  EXPECT_EQ(PlanJob(request).status().code(), absl::StatusCode::kResourceExhausted);
+}
+
 TEST(Checkpointing, AutoIsTheLeastThatFits) {
   PlanRequest request{Spec(), Llama1B(), 10, Workers({4}, "cuda", 140 * kGiB)};
   request.spec.mutable_data()->set_sequence_len(2048);

@@ -88,7 +88,7 @@ class DeviceTransportImpl final : public DeviceTransport {
   std::vector<Lane> lanes_;  // constant once made
   std::unique_ptr<DeviceComm> group_;
   int group_index_ = 0;
-  int group_peer_ = -1;                                  // the next member: NCCL does not say which one an error is of
+  int group_peer_ = -1;                                  // the other one of two; of more NCCL does not say which one an error is of
   std::map<Ticket, std::pair<Lane*, uint64_t>> queued_;  // posted receives: their lane and operation
   Ticket next_ticket_ = 1;
 
@@ -156,7 +156,7 @@ absl::Status DeviceTransportImpl::MakeComms(const DeviceTransportOptions& option
   }
   if (options.group.size() > 1) {
     group_index_ = static_cast<int>(std::find(options.group.begin(), options.group.end(), rank()) - options.group.begin());
-    group_peer_ = options.group[static_cast<size_t>(group_index_ + 1) % options.group.size()];
+    if (options.group.size() == 2) group_peer_ = options.group[static_cast<size_t>(1 - group_index_)];
     PPFT_ASSIGN_OR_RETURN(group_, MakeComm(options.group, size() * size() * kNumChannels + options.group[0], options.init_timeout,
                                            absl::StrCat("the communicator of ", options.group.size(), " replicas")));
   }
@@ -177,7 +177,9 @@ absl::Status DeviceTransportImpl::AskComms() const {
   }
   if (group_ == nullptr) return absl::OkStatus();
   const std::string error = group_->AsyncError();
-  return error.empty() ? absl::OkStatus() : WithPeer(absl::UnavailableError(absl::StrCat("transfer between the replicas' devices: ", error)), group_peer_);
+  if (error.empty()) return absl::OkStatus();
+  const absl::Status status = absl::UnavailableError(absl::StrCat("transfer between the replicas' devices: ", error));
+  return group_peer_ < 0 ? status : WithPeer(status, group_peer_);
 }
 
 absl::Status DeviceTransportImpl::status() const {
