@@ -246,18 +246,22 @@ TEST(TcpTransport, SilenceEndsAtTheStallTimeout) {
 
 TEST(TcpTransport, WithoutALimitAPeerIsWaitedForAsLongAsItLives) {
   Gang gang(2);
+  std::atomic<bool> first_came{false};
   const auto statuses = gang.Run(
       [&](Transport& transport) -> absl::Status {
         transport.WaitWithoutLimit();
         if (transport.rank() == 1) {
           absl::SleepFor(absl::Milliseconds(600));
-          return transport.Send(0, Channel::kControl, {1, 0, 0}, BufferOf(Values(10, 3)));  // and ends without a goodbye
+          const absl::Status sent = transport.Send(0, Channel::kControl, {1, 0, 0}, BufferOf(Values(10, 3)));
+          while (sent.ok() && !first_came && transport.status().ok()) absl::SleepFor(absl::Milliseconds(5));
+          return sent;  // and ends without a goodbye
         }
         for (int pass = 1; pass <= 2; ++pass) {
           auto into = std::make_shared<std::vector<float>>(10);
           auto ticket = transport.PostReceive(1, Channel::kControl, {pass, 0, 0}, BufferOf(into));
           const absl::Status status = ticket.ok() ? transport.Wait(*ticket) : ticket.status();
           if (!status.ok()) return Annotate(status, absl::StrCat("message ", pass));
+          first_came = true;
         }
         return absl::OkStatus();
       },
