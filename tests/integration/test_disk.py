@@ -30,16 +30,16 @@ def small_disk(tmp_path):
 
 
 def fill(folder):
-    """A file that takes the last byte of the folder's disk."""
+    """A file that takes all that is free on the folder's disk, at once: what the coordinator sets free after that stays its own."""
     path = folder / "filler"
-    with open(path, "wb", buffering=0) as out:
-        for size in (1 << 20, 4096):
+    with open(path, "wb") as out:
+        while True:
+            disk = os.statvfs(folder)
             try:
-                while True:
-                    out.write(b"\0" * size)
+                os.posix_fallocate(out.fileno(), 0, disk.f_bavail * disk.f_frsize)
+                return path
             except OSError as error:
-                assert error.errno == errno.ENOSPC
-    return path
+                assert error.errno == errno.ENOSPC  # something was written in between
 
 
 def adopt(cluster, tiny):
