@@ -229,9 +229,13 @@ absl::Status JobController::Load() {
   changed_jobs_.clear();
   batch_status_ = absl::OkStatus();
   queue_changed_ = true;
-  PPFT_ASSIGN_OR_RETURN(const int64_t start, store_->NextStart());
-  next_revision_ = (start << 32) + 1;
-  next_trace_id_ = (start << 20) + 1;  // trainers pass it around as a double
+  // Once a process: what is loaded again goes on from the numbers in memory, also where a full disk takes no write.
+  if (!numbered_) {
+    PPFT_ASSIGN_OR_RETURN(const int64_t start, store_->NextStart());
+    next_revision_ = (start << 32) + 1;
+    next_trace_id_ = (start << 20) + 1;  // trainers pass it around as a double
+    numbered_ = true;
+  }
   PPFT_ASSIGN_OR_RETURN(const std::vector<WorkerRow> workers, store_->LoadWorkers());
   for (const WorkerRow& row : workers) {
     WorkerEntry& worker = EntryOf(row.name);

@@ -268,6 +268,7 @@ class JobController : public Controller {
   int prepares_running_ = 0;
   bool queue_changed_ = true;
   bool loaded_ = false;
+  bool numbered_ = false;  // next_revision_ and next_trace_id_ are above those of all processes before
 
   std::mutex mutex_;
   std::condition_variable wake_;
