@@ -18,7 +18,7 @@ def small_disk(tmp_path):
     data.mkdir(parents=True)
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m,mode=0700", "tmpfs", data], capture_output=True, text=True)
     if done.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted here (root may): {done.stderr.splitlines()[0]}")
+        pytest.skip(f"a small file system cannot be mounted here (root may): {done.stderr.strip()}")
     running = None
     try:
         running = Cluster(tmp_path / "cluster", 2, [])
@@ -30,16 +30,16 @@ def small_disk(tmp_path):
 
 
 def fill(folder):
-    """A file that takes all that is free on the folder's disk, at once: what the coordinator sets free after that stays its own."""
+    """A file that takes the last byte of the folder's disk."""
     path = folder / "filler"
-    with open(path, "wb") as out:
-        while True:
-            disk = os.statvfs(folder)
+    with open(path, "wb", buffering=0) as out:
+        for size in (1 << 20, 4096):
             try:
-                os.posix_fallocate(out.fileno(), 0, disk.f_bavail * disk.f_frsize)
-                return path
+                while True:
+                    out.write(b"\0" * size)
             except OSError as error:
-                assert error.errno == errno.ENOSPC  # something was written in between
+                assert error.errno == errno.ENOSPC
+    return path
 
 
 def adopt(cluster, tiny):
@@ -52,7 +52,7 @@ def adopt(cluster, tiny):
 def paused_for_disk(cluster, job):
     shown = cluster.ppctl("get", job, "-o", "json", expect=None)
     if shown.returncode == 5:
-        return False  # UNAVAILABLE while the store has no room at all: its ballast goes first
+        return False  # UNAVAILABLE while the store has no room at all
     status = json.loads(shown.stdout)["status"]
     return status["state"].endswith("PAUSED") and status["reason"]["code"] == "DISK_FULL"
 
@@ -60,13 +60,13 @@ def paused_for_disk(cluster, job):
 def test_a_full_disk_pauses_what_runs_and_what_waits_until_there_is_room(small_disk, tiny):
     cluster = small_disk
     adopt(cluster, tiny)
-    spec = make_spec(tiny, write_rows(cluster.dir / "train.jsonl", short_rows(32)), training={"max_steps": 1600}, checkpoint={"save_steps": 10})
+    spec = make_spec(tiny, write_rows(cluster.dir / "train.jsonl", short_rows(32)), training={"max_steps": 800}, checkpoint={"save_steps": 10})
     running = cluster.submit(spec)
     waiting = cluster.submit(merge(spec, {"name": "waiting", "training": {"max_steps": 10}}))
     wait_for("a checkpoint", lambda: int(cluster.status(running).get("checkpoint_step", 0)) >= 10, every=0.05)
     filler = fill(cluster.dir / "coordinator")
     for job in (running, waiting):
-        wait_for(f"{job} to pause", lambda: paused_for_disk(cluster, job), 120)
+        wait_for(f"{job} to pause", lambda: paused_for_disk(cluster, job), 60)
     assert "PAUSED(DISK_FULL)" in cluster.ppctl("list").stdout
     shown = cluster.ppctl("get", running).stdout
     assert "DISK_FULL" in shown and "goes on by itself" in shown
@@ -75,12 +75,12 @@ def test_a_full_disk_pauses_what_runs_and_what_waits_until_there_is_room(small_d
     cluster.kill("coordinator")
     cluster.up()
     assert paused_for_disk(cluster, running) and paused_for_disk(cluster, waiting), "a restart changes nothing"
-    assert wait_for("the trainers to go", lambda: cluster.trainers() == [], 120)
+    assert wait_for("the trainers to go", lambda: cluster.trainers() == [], 60)
     filler.unlink()
     for job in (running, waiting):
         cluster.finish(job)
     assert int(cluster.status(running).get("restarts", 0)) == 0, "a full disk is nobody's failure"
-    assert len(losses_of(cluster.fetch(running))) == 1600, "a step is missing or there twice"
+    assert len(losses_of(cluster.fetch(running))) == 800, "a step is missing or there twice"
 
 
 def named_contents(data):
@@ -107,7 +107,7 @@ def test_after_kills_the_files_are_those_that_rows_name(cluster, tiny):
         planted.append(data / "blobs" / digest[:2] / digest)
         planted[-1].write_bytes(text)
     cluster.up()
-    wait_for("the planted files to go", lambda: not any(path.exists() for path in planted), 120)
+    wait_for("the planted files to go", lambda: not any(path.exists() for path in planted), 60)
     cluster.fetch(job)  # what is named is served
     cluster.down()
     files = {path.name for path in (data / "blobs").glob("*/*")}
@@ -119,7 +119,7 @@ def test_after_kills_the_files_are_those_that_rows_name(cluster, tiny):
 def test_a_model_root_that_is_not_there_is_refused(tmp_path):
     for root, word in ((tmp_path / "none", "there is no such folder"), (pathlib.Path(__file__), "is not a folder")):
         done = subprocess.run([BIN / "ppft-coordinator", "--data_dir", tmp_path / "data", "--listen", "127.0.0.1:0", "--metrics_listen", "127.0.0.1:0", "--model_root", root],
-                              capture_output=True, text=True, timeout=120)
+                              capture_output=True, text=True, timeout=60)
         assert done.returncode == 2, done.stderr
         assert f"--model_root {root}: {word}" in done.stderr
         assert not (tmp_path / "data").exists(), "nothing is left half done"
@@ -131,7 +131,7 @@ def test_a_store_without_the_folder_of_its_files_is_not_begun_anew(cluster):
     data = cluster.dir / "coordinator"
     (data / "blobs").rename(cluster.dir / "unmounted")
     (data / "blobs").mkdir()  # where it is mounted
-    done = subprocess.run([BIN / "ppft-coordinator", "--data_dir", data, "--listen", "127.0.0.1:0", "--metrics_listen", "127.0.0.1:0"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([BIN / "ppft-coordinator", "--data_dir", data, "--listen", "127.0.0.1:0", "--metrics_listen", "127.0.0.1:0"], capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and "STORE_UNREADABLE" in done.stderr and "mount the disk" in done.stderr, done.stderr
     assert not any((data / "blobs").iterdir())
     (data / "blobs").rmdir()
